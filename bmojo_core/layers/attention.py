@@ -1,0 +1,220 @@
+"""Eidetic memory of finite span: attention, whose state is a shift register of keys and values.
+
+    out_t = W_o sum_s softmax_s(q_t . k_s / sqrt(p)) v_s,   s in (t - w, t]        (section 3.2)
+
+As a realization, its A is the block up-shift: every step moves the register by one place and puts
+(k_t, v_t) into the last; after w steps nothing of an input is left (deadbeat).  The register is
+kept as a ring, so that a step writes one place instead of moving them all.
+
+Symbols
+-------
+b, l, d    batch, length, model width
+h, g, p    heads, key-value heads, head width
+w          window; None for full attention, whose register grows with the sequence
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bmojo_core.config import BMojoConfig
+from bmojo_core.layers.rotary import Rotary
+from bmojo_core.layers.rows import is_valid, take
+from bmojo_core.ops import memory_attention
+
+
+class Register(NamedTuple):
+    """Keys and values of the last inputs; position s of a row lies in place s mod w."""
+
+    k: Float[Tensor, "b w g p"]
+    v: Float[Tensor, "b w g p"]
+
+
+class Growing(NamedTuple):
+    """All keys and values so far, and which of them are tokens (full attention)."""
+
+    k: Float[Tensor, "b t g p"]
+    v: Float[Tensor, "b t g p"]
+    valid: Bool[Tensor, "b t"]
+
+
+class Projections(nn.Module):
+    """q, k, v and output maps of attention, with rotary positions where configured."""
+
+    def __init__(self, config: BMojoConfig) -> None:
+        super().__init__()
+        d, p, bias = config.hidden_size, config.head_dim, config.attention_bias
+        self.p = p
+        self.q_proj = nn.Linear(d, config.num_heads * p, bias=bias)
+        self.k_proj = nn.Linear(d, config.num_kv_heads * p, bias=bias)
+        self.v_proj = nn.Linear(d, config.num_kv_heads * p, bias=bias)
+        self.o_proj = nn.Linear(config.num_heads * p, d, bias=config.attention_output_bias)
+        self.rotary = Rotary(config) if config.position == "rope" else None
+
+    def queries(
+        self, u: Float[Tensor, "b *l d"], position: Int[Tensor, "b *l"]
+    ) -> Float[Tensor, "b *l h p"]:
+        """W_q u, rotated to its position."""
+        return self._heads(self.q_proj, u, position)
+
+    def keys_values(
+        self, u: Float[Tensor, "b *l d"], position: Int[Tensor, "b *l"]
+    ) -> tuple[Float[Tensor, "b *l g p"], Float[Tensor, "b *l g p"]]:
+        """W_k u, rotated to its position, and W_v u."""
+        v = self.v_proj(u).unflatten(-1, (-1, self.p))
+        return self._heads(self.k_proj, u, position), v
+
+    def output(self, heads: Float[Tensor, "b l h p"]) -> Float[Tensor, "b l d"]:
+        """W_o applied to the concatenated heads."""
+        return self.o_proj(heads.flatten(-2))
+
+    def _heads(self, projection: nn.Linear, u: Tensor, position: Tensor) -> Tensor:
+        heads = projection(u).unflatten(-1, (-1, self.p))
+        return heads if self.rotary is None else self.rotary(heads, position)
+
+
+def positions(start: Int[Tensor, "b"] | None, u: Float[Tensor, "b l d"]) -> Int[Tensor, "b l"]:
+    """Positions of the columns of u in their sequences, which have read ``start`` tokens before."""
+    columns = torch.arange(u.shape[1], device=u.device).expand(u.shape[0], -1)
+    return columns if start is None else start[:, None] + columns
+
+
+class Attention(nn.Module):
+    """Causal softmax attention over a window or over everything, (b, l, d) -> (b, l, d)."""
+
+    def __init__(self, config: BMojoConfig, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.projections = Projections(config)
+
+    def forward(
+        self,
+        u: Float[Tensor, "b l d"],
+        state: Register | Growing | None = None,
+        start: Int[Tensor, "b"] | None = None,
+        lengths: Int[Tensor, "b"] | None = None,
+        keep_state: bool = False,
+    ) -> tuple[Float[Tensor, "b l d"], Register | Growing | None]:
+        """Output and, if ``keep_state``, the register after each row's last valid token."""
+        at = positions(start, u)
+        q = self.projections.queries(u, at)
+        k, v = self.projections.keys_values(u, at)
+        attend = self._attend_all if self.window is None else self._attend_window
+        heads, new_state = attend(q, k, v, state, start, lengths, keep_state)
+        return self.projections.output(heads), new_state
+
+    def _attend_window(self, q, k, v, state, start, lengths, keep_state):
+        w = self.window
+        if state is None:
+            heads = memory_attention(q, k, v, window=w, chunk=None)
+        elif q.shape[1] == 1 and lengths is None:
+            state = write_step(state, k, v, start)
+            return attend_step(q, state, start), state
+        else:
+            past_k, past_v, past_valid = past_window(state, start)
+            here = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+            heads = memory_attention(
+                q, torch.cat([past_k, k], 1), torch.cat([past_v, v], 1),
+                window=w, chunk=None, key_valid=torch.cat([past_valid, here], 1),
+            )  # fmt: skip
+        if not keep_state:
+            return heads, None
+        return heads, write_register(state, k, v, w, start, lengths)
+
+    def _attend_all(self, q, k, v, state, start, lengths, keep_state):
+        here = (
+            torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+            if lengths is None
+            else is_valid(lengths, k.shape[1])
+        )
+        if state is None:
+            heads = memory_attention(q, k, v, window=None, chunk=None)
+            return heads, Growing(k, v, here) if keep_state else None
+        new = Growing(
+            torch.cat([state.k, k], 1), torch.cat([state.v, v], 1),
+            torch.cat([state.valid, here], 1),
+        )  # fmt: skip
+        heads = memory_attention(q, new.k, new.v, window=None, chunk=None, key_valid=new.valid)
+        return heads, new if keep_state else None
+
+
+def empty_register(like: Float[Tensor, "b l g p"], window: int) -> Register:
+    """A register of zeros; its places become visible as they are written."""
+    b, _, g, p = like.shape
+    return Register(like.new_zeros(b, window, g, p), like.new_zeros(b, window, g, p))
+
+
+def past_window(
+    register: Register, start: Int[Tensor, "b"]
+) -> tuple[Float[Tensor, "b r g p"], Float[Tensor, "b r g p"], Bool[Tensor, "b r"]]:
+    """The last w - 1 keys and values in order of age, and which of them exist (r = w - 1)."""
+    w = register.k.shape[1]
+    at = start[:, None] + torch.arange(1 - w, 0, device=start.device)  # (b, w-1) positions
+    return take(register.k, at % w), take(register.v, at % w), at >= 0
+
+
+def write_register(
+    register: Register | None,
+    k: Float[Tensor, "b l g p"],
+    v: Float[Tensor, "b l g p"],
+    window: int,
+    start: Int[Tensor, "b"] | None,
+    lengths: Int[Tensor, "b"] | None,
+) -> Register:
+    """The register after the new tokens: each place holds the newest token that belongs there."""
+    b, l = k.shape[:2]
+    first = torch.zeros(b, dtype=torch.long, device=k.device) if start is None else start
+    last = first + (l if lengths is None else lengths) - 1  # (b,) position of the newest token
+    place = torch.arange(window, device=k.device)
+    newest = last[:, None] - (last[:, None] - place) % window  # (b, w) who belongs in each place
+    column = newest - first[:, None]  # among the new tokens, or negative
+    old = register if register is not None else empty_register(k, window)
+    fresh = (column >= 0)[..., None, None]
+    column = column.clamp(0, l - 1)
+    return Register(
+        torch.where(fresh, take(k, column), old.k), torch.where(fresh, take(v, column), old.v)
+    )
+
+
+def write_step(
+    register: Register, k: Float[Tensor, "b 1 g p"], v: Float[Tensor, "b 1 g p"],
+    start: Int[Tensor, "b"],
+) -> Register:  # fmt: skip
+    """One token more.  Without autograd the ring is written in place: cost 1, not w."""
+    place = start % register.k.shape[1]
+    rows = torch.arange(k.shape[0], device=k.device)
+    if torch.is_grad_enabled() and (k.requires_grad or register.k.requires_grad):
+        return write_register(register, k, v, register.k.shape[1], start, None)
+    register.k[rows, place] = k[:, 0]
+    register.v[rows, place] = v[:, 0]
+    return register
+
+
+def attend_step(
+    q: Float[Tensor, "b 1 h p"],
+    register: Register,
+    start: Int[Tensor, "b"],
+    mem_k: Float[Tensor, "b m g p"] | None = None,
+    mem_v: Float[Tensor, "b m g p"] | None = None,
+    mem_valid: Bool[Tensor, "b m"] | None = None,
+) -> Float[Tensor, "b 1 h p"]:
+    """One query against all written places of the register and the memory tokens.
+
+    The softmax does not care for order, so the ring needs no sorting.
+    """
+    k, v = register.k, register.v
+    place = torch.arange(k.shape[1], device=k.device)
+    visible = place <= start[:, None]  # place s is written once position s has been read
+    if mem_k is not None:
+        k, v = torch.cat([mem_k, k], 1), torch.cat([mem_v, v], 1)
+        visible = torch.cat([mem_valid, visible], 1)
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+        attn_mask=visible[:, None, None, :], enable_gqa=q.shape[2] != k.shape[2],
+    )  # fmt: skip
+    return out.transpose(1, 2)

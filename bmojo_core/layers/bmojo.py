@@ -1,0 +1,314 @@
+"""The B'MOJO block: fading and eidetic memory joined in one softmax (Algorithm 1).
+
+    y_t   = SSM(u_{<= t})                                             fading memory
+    e_t   = || y_t - mean(y_{t-1} .. y_{t-k}) ||^2                    innovation
+    M     = the m_e past tokens with the largest e                    eidetic memory
+    out_t = softmax( q_t . [ F | M | window ] ) [ v_F | v_M | v_window ]
+
+The paper leaves open how the two halves meet.  Both readings are here:
+
+    stacked    h <- h + SSM(norm h);  h <- h + Attn(norm h)           the default
+    parallel   h <- h + Attn(u),  u = norm h,  y = SSM(u)             Algorithm 1 to the letter
+
+Symbols
+-------
+b, l, d    batch, length, model width
+w, c       window, chunk length
+m          m_f + m_e memory tokens
+f          phase: how many tokens of its chunk a row has already read
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from bmojo_core.config import BMojoConfig
+from bmojo_core.layers import eidetic
+from bmojo_core.layers.attention import (
+    Projections,
+    Register,
+    attend_step,
+    past_window,
+    positions,
+    write_register,
+    write_step,
+)
+from bmojo_core.layers.eidetic import EideticState, Memory, Tokens
+from bmojo_core.layers.mamba import Mamba, SSMState
+from bmojo_core.layers.rows import align, is_valid, last_columns, take, unalign
+from bmojo_core.layers.selection import Observed, score_tokens
+from bmojo_core.ops import causal_conv1d, memory_attention
+
+
+class BMojoState(NamedTuple):
+    """All that a B'MOJO block carries: constant size, whatever has been read."""
+
+    ssm: SSMState
+    window: Register
+    memory: EideticState
+    tail: Float[Tensor, "b k d"]  # inputs of the key convolution (k = 0 without one)
+
+
+class BMojo(nn.Module):
+    """One residual block, (b, l, d) -> (b, l, d)."""
+
+    def __init__(self, config: BMojoConfig) -> None:
+        super().__init__()
+        self.stacked = config.wiring == "stacked"
+        self.ssm_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.ssm = Mamba(config)
+        if self.stacked:
+            self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.attention = MemoryAttention(config)
+
+    def forward(
+        self,
+        h: Float[Tensor, "b l d"],
+        state: BMojoState | None = None,
+        start: Int[Tensor, "b"] | None = None,
+        lengths: Int[Tensor, "b"] | None = None,
+        keep_state: bool = False,
+        memory_scores: Float[Tensor, "b l"] | None = None,
+    ) -> tuple[Float[Tensor, "b l d"], BMojoState | None]:
+        """The residual stream after the block and, if ``keep_state``, the state.
+
+        Parameters
+        ----------
+        h
+            Residual stream; row i is valid in its first ``lengths[i]`` columns (all, when None).
+        state, start
+            State carried from the ``start`` (b,) tokens that each row has read; None at the start.
+        memory_scores
+            Scores for ``selection="oracle"``.
+        """
+        u = self.ssm_norm(h)
+        y, ssm = self.ssm(u, state.ssm if state else None, lengths, keep_state)
+        if self.stacked:
+            h = h + y
+            u = self.attention_norm(h)
+        out, rest = self.attention(u, y, state, start, lengths, keep_state, memory_scores)
+        return h + out, BMojoState(ssm, *rest) if keep_state else None
+
+
+class MemoryAttention(nn.Module):
+    """Attention over [fading | eidetic | window] tokens, given the SSM's outputs y."""
+
+    def __init__(self, config: BMojoConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.hidden_size
+        self.projections = Projections(config)
+        self.has_memory = config.num_fading_tokens + config.num_eidetic_tokens > 0
+        if config.num_fading_tokens and config.normalize_fading:
+            self.fading_norm = nn.RMSNorm(d, eps=config.norm_eps)
+        if self.has_memory and config.memory_projections == "separate":
+            groups, bias = config.num_kv_heads * config.head_dim, config.attention_bias
+            self.memory_k_proj = nn.Linear(d, groups, bias=bias)
+            self.memory_v_proj = nn.Linear(d, groups, bias=bias)
+        if config.key_kernel:
+            self.key_conv = nn.Parameter(torch.zeros(d, config.key_kernel))
+
+    def reset_parameters(self) -> None:
+        """The key convolution starts as the identity: it then changes nothing."""
+        if self.config.key_kernel:
+            identity = torch.zeros(self.key_conv.shape)
+            identity[:, -1] = 1.0
+            init.copy_(self.key_conv, identity)
+
+    def forward(
+        self,
+        u: Float[Tensor, "b l d"],
+        y: Float[Tensor, "b l d"],
+        state: BMojoState | None,
+        start: Int[Tensor, "b"] | None,
+        lengths: Int[Tensor, "b"] | None,
+        keep_state: bool,
+        oracle: Float[Tensor, "b l"] | None,
+    ) -> tuple[Float[Tensor, "b l d"], tuple[Register, EideticState, Tensor] | None]:
+        """Output and, if ``keep_state``, (register, memory, tail of the key convolution)."""
+        at = positions(start, u)
+        content, tail = self._content(u, state, lengths)
+        q = self.projections.queries(u, at)
+        k, v = self.projections.keys_values(content, at)
+        window = state.window if state else None
+        carried = state.memory if state else eidetic.empty_state(self.config, k)
+        tokens, seen = self.candidates(content, k, v, y, at, lengths, carried, oracle)
+        stream = eidetic.merge_candidates(carried.waiting, tokens)
+        if lengths is not None:
+            hidden = ~is_valid(lengths, at.shape[1])
+            stream = stream._replace(score=stream.score.masked_fill(hidden, eidetic.EMPTY))
+        one_step = state is not None and u.shape[1] == 1 and lengths is None
+        read = self._step if one_step else self._continue if state else self._from_start
+        heads, window, current, best = read(
+            q, k, v, y, stream, carried, window, start, lengths, keep_state
+        )
+        out = self.projections.output(heads)
+        if not keep_state:
+            return out, None
+        past = torch.cat([carried.outputs, y], 1)
+        memory = EideticState(
+            current, best, eidetic.still_waiting(carried.waiting, tokens, lengths),
+            last_columns(past, carried.outputs.shape[1], lengths),
+            _add_keys(carried.key_sum, seen.keys, lengths),
+        )  # fmt: skip
+        return out, (window, memory, tail)
+
+    # -- what enters memory ---------------------------------------------------------------------
+
+    def candidates(
+        self, u: Tensor, k: Tensor, v: Tensor, y: Tensor, at: Tensor,
+        lengths: Tensor | None, carried: EideticState, oracle: Tensor | None,
+    ) -> tuple[Tokens, Observed]:  # fmt: skip
+        """Every new token with its score and the key and value it would be remembered by."""
+        c = self.config
+        if c.normalize_innovation:
+            scored, past = (F.rms_norm(x, x.shape[-1:]) for x in (y, carried.outputs))
+        else:
+            scored, past = y, carried.outputs
+        past = past[:, past.shape[1] - c.innovation_taps :]
+        seen = Observed(
+            scored, past, k, carried.key_sum, at, oracle, c.innovation_taps, c.selection_seed
+        )
+        if c.num_eidetic_tokens == 0:
+            return Tokens(k, v, at.float(), at), seen
+        score = score_tokens(c.selection, seen)
+        memory_k, memory_v = self.memory_keys_values(u, at, (k, v))
+        return Tokens(memory_k, memory_v, score, at), seen
+
+    def memory_keys_values(
+        self, tokens: Float[Tensor, "b *l d"], at: Int[Tensor, "b *l"],
+        shared: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "b *l g p"], Float[Tensor, "b *l g p"]]:  # fmt: skip
+        """Key and value of a memory token, by the window's projections or by their own."""
+        if self.config.memory_projections == "shared":
+            return shared if shared is not None else self.projections.keys_values(tokens, at)
+        k, v = (
+            f(tokens).unflatten(-1, (-1, self.config.head_dim))
+            for f in (self.memory_k_proj, self.memory_v_proj)
+        )
+        rotary = self.projections.rotary
+        return (k if rotary is None else rotary(k, at)), v
+
+    def fading(
+        self, y: Float[Tensor, "b l d"], outputs: Float[Tensor, "b s d"],
+        start: Int[Tensor, "b"] | None, chunks: int, phase: Int[Tensor, "b"],
+    ) -> Memory:  # fmt: skip
+        """The fading tokens of every chunk; those from before the sequence are not valid."""
+        column = eidetic.fading_positions(self.config, chunks, phase)  # (b, n, m_f)
+        past = torch.cat([outputs, y], 1)
+        index = (column + outputs.shape[1]).clamp(0, past.shape[1] - 1)
+        tokens = take(past, index)
+        if self.config.normalize_fading and self.config.num_fading_tokens:
+            tokens = self.fading_norm(tokens)
+        at = column if start is None else column + start[:, None, None]
+        k, v = self.memory_keys_values(tokens, at.clamp_min(0))
+        score = torch.full(at.shape, float("inf"), device=at.device)
+        return Memory(k, v, at >= 0, at, score)
+
+    def memories(self, fading: Memory, recalled: Memory) -> tuple[Memory, Memory]:
+        """Memory of every chunk, and eidetic memory after the last (n = 1)."""
+        n = fading.valid.shape[1]
+        shift = int(self.config.memory_update == "token")  # Algorithm 1 stores before it attends
+        during = Memory(*(x[:, shift : shift + n] for x in recalled))
+        return eidetic.join(fading, during), Memory(*(x[:, n:] for x in recalled))
+
+    # -- three ways to read: from the start, from a carried state, one token --------------------
+
+    def _from_start(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
+        c = self.config
+        length = eidetic.chunk_length(c)
+        recalled = eidetic.eidetic_tokens(stream, c.num_eidetic_tokens, length)
+        chunks = recalled.valid.shape[1] - 1
+        phase = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
+        fading = self.fading(y, carried.outputs, None, chunks, phase)
+        memory, after = self.memories(fading, recalled)
+        heads = self._attend(q, k, v, memory, length)
+        if not keep_state:
+            return heads, None, None, None
+        read = phase + q.shape[1] if lengths is None else lengths
+        current = eidetic.chunk_of(memory, (read // length).clamp_max(chunks - 1))
+        window = write_register(None, k, v, c.window, None, lengths)
+        return heads, window, current, eidetic.as_tokens(after)
+
+    def _continue(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
+        c = self.config
+        length = eidetic.chunk_length(c)
+        columns = eidetic.grid_columns(q.shape[1], length)
+        phase, chunks = start % length, columns // length
+        recalled = eidetic.eidetic_tokens_from(carried.best, stream, phase, length)
+        fading = self.fading(y, carried.outputs, start, chunks, phase)
+        memory, after = self.memories(fading, recalled)
+        memory = _keep_first(memory, carried.current, phase > 0)
+        past_k, past_v, past_valid = past_window(window, start)
+        here = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+        across = c.window - 1 + columns
+        heads = self._attend(
+            align(q, phase, columns),
+            align(torch.cat([past_k, k], 1), phase, across),
+            align(torch.cat([past_v, v], 1), phase, across),
+            memory, length,
+            align(torch.cat([past_valid, here], 1), phase, across),
+        )  # fmt: skip
+        heads = unalign(heads, phase, q.shape[1])
+        if not keep_state:
+            return heads, None, None, None
+        read = phase + (q.shape[1] if lengths is None else lengths)
+        current = eidetic.chunk_of(memory, (read // length).clamp_max(chunks - 1))
+        window = write_register(window, k, v, c.window, start, lengths)
+        return heads, window, current, eidetic.as_tokens(after)
+
+    def _step(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
+        c = self.config
+        length = eidetic.chunk_length(c)
+        window = write_step(window, k, v, start)
+        here = torch.zeros_like(start)
+        fading = self.fading(y, carried.outputs, start, 1, here)
+        best = eidetic.insert(carried.best, stream)
+        stored = best if c.memory_update == "token" else carried.best
+        fresh = eidetic.join(fading, eidetic.as_memory(stored))
+        current = eidetic.where_rows(start % length == 0, fresh, carried.current)
+        heads = attend_step(q, window, start, current.k[:, 0], current.v[:, 0], current.valid[:, 0])
+        return heads, window, current, best
+
+    def _attend(self, q, k, v, memory: Memory, length: int, key_valid=None):
+        if not self.has_memory:
+            return memory_attention(
+                q, k, v, window=self.config.window, chunk=None, key_valid=key_valid
+            )
+        return memory_attention(
+            q, k, v, memory.k, memory.v, memory.valid,
+            window=self.config.window, chunk=length, key_valid=key_valid,
+        )  # fmt: skip
+
+    def _content(
+        self, u: Tensor, state: BMojoState | None, lengths: Tensor | None
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b k d"]]:
+        """What keys and values read: u, through the short convolution if there is one."""
+        taps = max(self.config.key_kernel - 1, 0)
+        tail = state.tail if state else u.new_zeros(u.shape[0], taps, u.shape[2])
+        new_tail = last_columns(torch.cat([tail, u], 1), taps, lengths)
+        if not self.config.key_kernel:
+            return u, new_tail
+        past = tail if taps else None
+        return causal_conv1d(u, self.key_conv, None, past), new_tail
+
+
+def _keep_first(memory: Memory, current: Memory, inside: Tensor) -> Memory:
+    """Rows that are inside a chunk go on with the memory that the chunk began with."""
+    first = eidetic.where_rows(inside, current, Memory(*(x[:, :1] for x in memory)))
+    return Memory(*(torch.cat([a, x[:, 1:]], 1) for a, x in zip(first, memory, strict=True)))
+
+
+def _add_keys(
+    total: Float[Tensor, "b g p"], keys: Float[Tensor, "b l g p"], lengths: Tensor | None
+) -> Float[Tensor, "b g p"]:
+    unit = F.normalize(keys.detach().float(), dim=-1)
+    if lengths is not None:
+        unit = unit * is_valid(lengths, unit.shape[1])[..., None, None]
+    return total + unit.sum(1).to(total.dtype)

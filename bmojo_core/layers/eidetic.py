@@ -1,0 +1,213 @@
+"""What attention remembers beyond its window: fading tokens and the eidetic memory.
+
+At the beginning s of every chunk of c tokens (appendix B.2; c = 1 is Algorithm 1)
+
+    fading   F_s = ( y_{s-1}, y_{s-1-r}, .. )             m_f outputs of the SSM, r apart
+    eidetic  M_s = arg top-m_e { e_i : i < s }             the inputs with the largest scores
+
+and every query of the chunk sees (k, v) of both beside its window.  With c = 1 a query at t has
+F_t = (y_{t-w}, ..) and M_t = arg top-m_e { e_i : i <= t }, as the algorithm is printed.
+
+Reading on from a carried state, the candidates are [M | new tokens]: keeping the largest is
+associative, so nothing older than M is needed.
+
+Symbols
+-------
+b, l, d    batch, length, model width          c, n     chunk length, number of chunks
+g, p       key-value heads, head width          m_f, m_e  fading and eidetic tokens
+e_i        score of token i (``selection``)     f        phase: tokens already read of the chunk
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bmojo_core.config import BMojoConfig
+from bmojo_core.layers.rows import align, last_columns, take
+from bmojo_core.ops import running_top_k
+
+EMPTY = float("-inf")  # the score of a place that holds nothing
+
+
+class Tokens(NamedTuple):
+    """Tokens that may be remembered: key, value, score, position in the sequence."""
+
+    k: Float[Tensor, "b s g p"]
+    v: Float[Tensor, "b s g p"]
+    score: Float[Tensor, "b s"]
+    position: Int[Tensor, "b s"]
+
+
+class Memory(NamedTuple):
+    """Memory tokens of every chunk: fading first, then eidetic.
+
+    ``position`` and ``score`` say which token each one is; they serve inspection, not attention.
+    """
+
+    k: Float[Tensor, "b n m g p"]
+    v: Float[Tensor, "b n m g p"]
+    valid: Bool[Tensor, "b n m"]
+    position: Int[Tensor, "b n m"]
+    score: Float[Tensor, "b n m"]
+
+
+class EideticState(NamedTuple):
+    """What memory carries from one stretch of tokens to the next; its size never changes."""
+
+    current: Memory  # in use by the chunk being read (n = 1)
+    best: Tokens  # the m_e largest scores so far, oldest first
+    waiting: Tokens  # tokens still too recent to be stored (none if in-window ones may be)
+    outputs: Float[Tensor, "b s d"]  # the last outputs of the SSM
+    key_sum: Float[Tensor, "b g p"]  # of normalised keys, for the key-diversity policy
+
+
+def outputs_needed(c: BMojoConfig) -> int:
+    """How many past SSM outputs the predictor and the fading tokens look back on."""
+    fading = (c.num_fading_tokens - 1) * c.fading_stride + fading_delay(c)
+    return max(c.innovation_taps, fading if c.num_fading_tokens else 0)
+
+
+def fading_delay(c: BMojoConfig) -> int:
+    """The newest fading token of a chunk that begins at s is y_{s - delay}."""
+    return c.window if c.memory_update == "token" else 1
+
+
+def storing_delay(c: BMojoConfig) -> int:
+    """How old a token must be to be stored: 0, or old enough to have left every query's window."""
+    if c.store_in_window or c.num_eidetic_tokens == 0:
+        return 0
+    return c.window if c.memory_update == "token" else c.window - 1
+
+
+def chunk_length(c: BMojoConfig) -> int:
+    """Tokens that share one memory."""
+    return 1 if c.memory_update == "token" else c.memory_chunk
+
+
+def empty_state(c: BMojoConfig, like: Float[Tensor, "b l g p"]) -> EideticState:
+    """The state before any token: nothing remembered, outputs zero."""
+    b, g, p = like.shape[0], c.num_kv_heads, c.head_dim
+    at = torch.zeros(b, 1, c.num_fading_tokens + c.num_eidetic_tokens, device=like.device)
+    keys = like.new_zeros(*at.shape, g, p)
+    current = Memory(keys, keys, at.bool(), at.long(), at + EMPTY)
+    return EideticState(
+        current, no_tokens(like, c.num_eidetic_tokens), no_tokens(like, storing_delay(c)),
+        like.new_zeros(b, outputs_needed(c), c.hidden_size), like.new_zeros(b, g, p),
+    )  # fmt: skip
+
+
+def no_tokens(like: Float[Tensor, "b l g p"], count: int) -> Tokens:
+    """``count`` empty places."""
+    b, _, g, p = like.shape
+    at = torch.zeros(b, count, device=like.device)
+    return Tokens(
+        like.new_zeros(b, count, g, p), like.new_zeros(b, count, g, p), at + EMPTY, at.long()
+    )
+
+
+def eidetic_tokens(tokens: Tokens, k: int, chunk: int) -> Memory:
+    """M for every chunk of a sequence read from its beginning, and one more for what follows."""
+    chunks = -(-tokens.score.shape[1] // chunk)
+    after_all = chunks * chunk + 1 - tokens.score.shape[1]
+    index, valid = running_top_k(F.pad(tokens.score, (0, after_all), value=EMPTY), k, chunk)
+    return _remember(tokens, index, valid)
+
+
+def eidetic_tokens_from(
+    best: Tokens, tokens: Tokens, phase: Int[Tensor, "b"], chunk: int
+) -> Memory:
+    """The same, reading on from ``best`` at ``phase``: chunks of the aligned grid, and one more."""
+    k = best.score.shape[1]
+    columns = grid_columns(tokens.score.shape[1], chunk)
+    front = -(-k // chunk) * chunk  # whole chunks that hold what was remembered so far
+    pad = no_tokens(best.k, front - k)
+    aligned = Tokens(
+        align(tokens.k, phase, columns), align(tokens.v, phase, columns),
+        align(tokens.score, phase, columns, EMPTY), align(tokens.position, phase, columns),
+    )  # fmt: skip
+    joined = Tokens(*(torch.cat(parts, 1) for parts in zip(best, pad, aligned, strict=True)))
+    index, valid = running_top_k(F.pad(joined.score, (0, 1), value=EMPTY), k, chunk)
+    return _remember(joined, index[:, front // chunk :], valid[:, front // chunk :])
+
+
+def insert(best: Tokens, token: Tokens) -> Tokens:
+    """Algorithm 1, step 4: one token takes the place of the smallest score, if it beats it.
+
+    Of equal scores the older stays, so the place given up is the last of the smallest.
+    """
+    k = best.score.shape[1]
+    joined = Tokens(*(torch.cat(pair, 1) for pair in zip(best, token, strict=True)))
+    given_up = k - joined.score.flip(1).argmin(1, keepdim=True)  # (b, 1)
+    place = torch.arange(k, device=given_up.device)
+    index = place + (place >= given_up)
+    return Tokens(*(take(x, index) for x in joined))
+
+
+def grid_columns(columns: int, chunk: int) -> int:
+    """Columns of a grid of whole chunks that holds ``columns`` tokens at any phase."""
+    return -(-(chunk - 1 + columns) // chunk) * chunk
+
+
+def fading_positions(c: BMojoConfig, chunks: int, phase: Int[Tensor, "b"]) -> Int[Tensor, "b n f"]:
+    """Column (negative: before the new tokens) of each fading token of each chunk."""
+    start = torch.arange(chunks, device=phase.device) * chunk_length(c)
+    back = (
+        fading_delay(c) + torch.arange(c.num_fading_tokens, device=phase.device) * c.fading_stride
+    )
+    return (start[:, None] - back) - phase[:, None, None]
+
+
+def merge_candidates(waiting: Tokens, new: Tokens) -> Tokens:
+    """The stream of tokens as memory sees it: late by as many as are waiting."""
+    joined = Tokens(*(torch.cat(pair, 1) for pair in zip(waiting, new, strict=True)))
+    return Tokens(*(x[:, : new.score.shape[1]] for x in joined))
+
+
+def still_waiting(waiting: Tokens, new: Tokens, lengths: Int[Tensor, "b"] | None) -> Tokens:
+    """The tokens that are too recent to be stored after the new ones have been read."""
+    count = waiting.score.shape[1]
+    pairs = zip(waiting, new, strict=True)
+    return Tokens(*(last_columns(torch.cat(pair, 1), count, lengths) for pair in pairs))
+
+
+def join(fading: Memory, eidetic: Memory) -> Memory:
+    """Fading and eidetic tokens side by side."""
+    return Memory(*(torch.cat(pair, 2) for pair in zip(fading, eidetic, strict=True)))
+
+
+def chunk_of(memory: Memory, index: Int[Tensor, "b"]) -> Memory:
+    """One chunk's memory of each row."""
+    return Memory(*(take(x, index[:, None]) for x in memory))
+
+
+def where_rows(condition: Bool[Tensor, "b"], yes: Memory, no: Memory) -> Memory:
+    """Row by row, one memory or the other (n = 1)."""
+    pick = [
+        torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
+        for a, b in zip(yes, no, strict=True)
+    ]
+    return Memory(*pick)
+
+
+def as_memory(best: Tokens) -> Memory:
+    """The best tokens so far as the memory of one chunk."""
+    filled = best.score > EMPTY
+    return Memory(*(x[:, None] for x in (best.k, best.v, filled, best.position, best.score)))
+
+
+def as_tokens(memory: Memory) -> Tokens:
+    """The memory of one chunk (n = 1) as tokens with scores."""
+    score = memory.score.masked_fill(~memory.valid, EMPTY)
+    return Tokens(memory.k[:, 0], memory.v[:, 0], score[:, 0], memory.position[:, 0])
+
+
+def _remember(tokens: Tokens, index: Int[Tensor, "b n k"], valid: Bool[Tensor, "b n k"]) -> Memory:
+    score = take(tokens.score, index).masked_fill(~valid, EMPTY)
+    return Memory(
+        take(tokens.k, index), take(tokens.v, index), valid, take(tokens.position, index), score
+    )

@@ -1,0 +1,138 @@
+"""The fading memory: a selective (input-varying, bilinear) diagonal state-space model.
+
+    x_t = exp(Delta_t A) x_{t-1} + Delta_t B_t u'_t          (section 3.1; appendix E)
+    y_t = W_out [ (C_t . x_t + D u'_t) * silu(z_t) ]
+
+with (u', z) = W_in u, u' <- silu(conv(u')), (r, B, C) = W_x u', Delta = softplus(W_dt r + b_dt).
+The short convolution is a little eidetic memory in front of the fading one.
+
+A position that is padding has Delta_t = 0, which leaves the state exactly as it is.
+
+Symbols
+-------
+b, l, d    batch, length, model width
+e, n       inner channels, states a channel
+k          convolution taps
+A          (e, n), negative; A = -exp(A_log)
+state      ``SSMState``: the last k-1 inputs of the convolution (b, k-1, e) and x_t (b, e, n)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from bmojo_core.config import BMojoConfig
+from bmojo_core.layers.rows import is_valid, last_columns
+from bmojo_core.ops import causal_conv1d, selective_scan
+
+
+class SSMState(NamedTuple):
+    """What a selective SSM carries from one stretch of tokens to the next."""
+
+    tail: Float[Tensor, "b k e"]
+    x: Float[Tensor, "b e n"]
+
+
+class Mamba(nn.Module):
+    """Selective state-space layer, (b, l, d) -> (b, l, d)."""
+
+    def __init__(self, config: BMojoConfig) -> None:
+        super().__init__()
+        d, e, n = config.hidden_size, config.ssm_intermediate_size, config.state_size
+        self.state_size, self.dt_rank, self.conv_kernel = n, config.dt_rank, config.conv_kernel
+        self.in_proj = nn.Linear(d, 2 * e, bias=config.ssm_bias)
+        self.conv1d = nn.Conv1d(e, e, config.conv_kernel, groups=e, bias=config.conv_bias)
+        self.x_proj = nn.Linear(e, config.dt_rank + 2 * n, bias=False)
+        self.dt_proj = nn.Linear(config.dt_rank, e, bias=True)
+        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(e, 1))
+        self.D = nn.Parameter(torch.ones(e))
+        self.out_proj = nn.Linear(e, d, bias=config.ssm_bias)
+        sizes = (config.dt_rank, n, n)
+        learned = config.ssm_norms == "learned"
+        plain = config.ssm_norms == "plain"
+        self.norms = (
+            nn.ModuleList(
+                nn.RMSNorm(s, eps=config.norm_eps, elementwise_affine=not plain) for s in sizes
+            )
+            if learned or plain
+            else None
+        )
+
+    def reset_parameters(self) -> None:
+        """Mamba's own initialisation: A = -(1 .. n), time steps log-uniform in [1e-3, 1e-1]."""
+        n = self.state_size
+        init.copy_(self.A_log, torch.arange(1.0, n + 1).log().expand_as(self.A_log))
+        init.ones_(self.D)
+        bound = self.dt_rank**-0.5
+        init.uniform_(self.dt_proj.weight, -bound, bound)
+        steps = torch.empty(self.dt_proj.bias.shape).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        init.copy_(self.dt_proj.bias, steps + torch.log(-torch.expm1(-steps)))  # softplus^-1
+
+    def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> SSMState:
+        """The state before any token: zeros (x is kept in float32 at least)."""
+        e, n = self.A_log.shape
+        wide = torch.promote_types(dtype, torch.float32)
+        tail = torch.zeros(batch, self.conv_kernel - 1, e, device=device, dtype=dtype)
+        return SSMState(tail, torch.zeros(batch, e, n, device=device, dtype=wide))
+
+    def forward(
+        self,
+        u: Float[Tensor, "b l d"],
+        state: SSMState | None = None,
+        lengths: Int[Tensor, "b"] | None = None,
+        keep_state: bool = False,
+    ) -> tuple[Float[Tensor, "b l d"], SSMState | None]:
+        """Output and, if ``keep_state``, the state after each row's last valid token.
+
+        Parameters
+        ----------
+        u
+            Inputs; row i is valid in its first ``lengths[i]`` columns (all, when None).
+        state
+            The state to start from; None is the empty past.
+        """
+        inner, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, e) twice
+        tail = state.tail if state is not None else None
+        weight = self.conv1d.weight.squeeze(1)
+        v = causal_conv1d(inner, weight, self.conv1d.bias, tail, activation="silu")
+        r, B, C = self.x_proj(v).split((self.dt_rank, self.state_size, self.state_size), dim=-1)
+        if self.norms is not None:
+            r, B, C = (norm(s) for norm, s in zip(self.norms, (r, B, C), strict=True))
+        y, x = self._scan(v, r, B, C, z, state, lengths)
+        y = self.out_proj(y)
+        if not keep_state:
+            return y, None
+        return y, SSMState(self._next_tail(inner, tail, lengths), x)
+
+    def _scan(
+        self, v: Tensor, r: Tensor, B: Tensor, C: Tensor, z: Tensor,
+        state: SSMState | None, lengths: Tensor | None,
+    ) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "b e n"]]:  # fmt: skip
+        delta = F.linear(r, self.dt_proj.weight)
+        bias, softplus = self.dt_proj.bias, True
+        if lengths is not None:  # a pad must have Delta exactly 0, which softplus never gives
+            delta = F.softplus(delta + bias) * is_valid(lengths, delta.shape[1])[..., None]
+            bias, softplus = None, False
+        return selective_scan(
+            v, delta, -self.A_log.exp().to(_scan_dtype(v)), B, C, self.D, z,
+            delta_bias=bias, delta_softplus=softplus,
+            initial_state=None if state is None else state.x, return_last_state=True,
+        )  # fmt: skip
+
+    def _next_tail(
+        self, inner: Tensor, tail: Tensor | None, lengths: Tensor | None
+    ) -> Float[Tensor, "b k e"]:
+        if tail is None:
+            tail = inner.new_zeros(inner.shape[0], self.conv_kernel - 1, inner.shape[2])
+        return last_columns(torch.cat([tail, inner], 1), self.conv_kernel - 1, lengths)
+
+
+def _scan_dtype(v: Tensor) -> torch.dtype:
+    return torch.promote_types(v.dtype, torch.float32)

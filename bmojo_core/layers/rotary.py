@@ -1,0 +1,64 @@
+"""Rotary positions: a key at position s is turned by angle s * f_i in its i-th plane.
+
+    (a, b)_i  ->  (a cos(s f_i) - b sin(s f_i),  a sin(s f_i) + b cos(s f_i))
+
+so that q_t . k_s depends on t - s.  The planes pair feature i with feature i + p/2.  Frequencies,
+and their scaled variants for long contexts, are transformers' own.
+
+Symbols: p head width, f (p/2,) frequencies.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from bmojo_core.config import BMojoConfig
+
+
+class Rotary(nn.Module):
+    """Rotate heads to their positions.
+
+    Raises
+    ------
+    ValueError
+        For a rope_type that transformers does not know, or one whose frequencies change with the
+        length of the text ("dynamic", "longrope"): a cached key could then not stay as it is.
+    """
+
+    def __init__(self, config: BMojoConfig) -> None:
+        super().__init__()
+        parameters = dict(config.rope_parameters or {})
+        kind = parameters.get("rope_type", "default")
+        if kind in ("dynamic", "longrope") or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+            allowed = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"dynamic", "longrope"})
+            raise ValueError(f"rope_parameters['rope_type'] must be in {allowed}, got {kind!r}")
+        self.config = config
+        frequency, self.scaling = self._frequencies(kind, parameters)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def _frequencies(self, kind: str, parameters: dict) -> tuple[Tensor, float]:
+        if kind == "default":
+            p = self.config.head_dim
+            exponent = torch.arange(0, p, 2, dtype=torch.int64).float() / p
+            return 1.0 / float(parameters.get("rope_theta", 10000.0)) ** exponent, 1.0
+        return ROPE_INIT_FUNCTIONS[kind](self.config, device=None)
+
+    def reset_parameters(self) -> None:
+        """Recompute the frequencies (they are not saved, and a meta device holds none)."""
+        parameters = dict(self.config.rope_parameters or {})
+        frequency, self.scaling = self._frequencies(
+            parameters.get("rope_type", "default"), parameters
+        )
+        self.frequency = frequency.to(self.frequency.device)
+
+    def forward(
+        self, heads: Float[Tensor, "b *l h p"], position: Int[Tensor, "b *l"]
+    ) -> Float[Tensor, "b *l h p"]:
+        wide = torch.promote_types(heads.dtype, torch.float32)
+        angle = position[..., None, None].to(wide) * self.frequency.to(wide)  # (b, *l, 1, p/2)
+        cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling
+        a, b = heads.to(wide).chunk(2, dim=-1)
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(heads.dtype)

@@ -1,0 +1,63 @@
+"""Rows of tokens of unequal length, and how they meet a grid of chunks.
+
+Inside the model row i holds its valid tokens in columns 0 .. n_i - 1 (n = ``lengths``; None means
+that all columns are valid).  Chunks of c tokens are counted from the beginning of each row's
+sequence, so a row that has already read t tokens starts at phase t mod c inside a chunk; `align`
+moves it there:
+
+    row      [ u_t  u_{t+1} ... ]               phase f = t mod c
+    aligned  [ -  -  u_t | u_{t+1} ... | ... ]  f empty columns, then whole chunks
+
+Symbols: b batch, l columns, ... any trailing shape.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Int, Shaped
+from torch import Tensor
+
+
+def is_valid(lengths: Int[Tensor, "b"], columns: int) -> Bool[Tensor, "b l"]:
+    """Which of the columns hold a token: (b, columns)."""
+    return torch.arange(columns, device=lengths.device) < lengths[:, None]
+
+
+def take(x: Shaped[Tensor, "b l *r"], index: Int[Tensor, "b *i"]) -> Shaped[Tensor, "b *i *r"]:
+    """x[i, index[i, ...]] for every row i.
+
+    Written as a selection from the flattened rows: its gradient is an ``index_add``, which is many
+    times faster on a CPU than the one of advanced indexing.
+    """
+    offset = torch.arange(x.shape[0], device=x.device) * x.shape[1]
+    flat = (index + offset.reshape(-1, *[1] * (index.ndim - 1))).flatten()
+    return x.flatten(0, 1).index_select(0, flat).reshape(*index.shape, *x.shape[2:])
+
+
+def last_columns(
+    x: Shaped[Tensor, "b s *r"], count: int, lengths: Int[Tensor, "b"] | None
+) -> Shaped[Tensor, "b c *r"]:
+    """The last ``count`` valid columns of [carried | new], where ``lengths`` counts the new ones.
+
+    ``x`` has at least ``count`` carried columns in front, so that the answer always exists.
+    """
+    if lengths is None:
+        return x[:, x.shape[1] - count :]
+    return take(x, lengths[:, None] + torch.arange(count, device=x.device))
+
+
+def align(
+    x: Shaped[Tensor, "b l *r"], phase: Int[Tensor, "b"], columns: int, fill: float = 0
+) -> Shaped[Tensor, "b n *r"]:
+    """Row i moved ``phase[i]`` columns to the right, in a grid filled with ``fill``."""
+    source = torch.arange(columns, device=x.device) - phase[:, None]
+    inside = (source >= 0) & (source < x.shape[1])
+    moved = take(x, source.clamp(0, x.shape[1] - 1))
+    return moved.masked_fill(~inside.reshape(*inside.shape, *[1] * (x.ndim - 2)), fill)
+
+
+def unalign(
+    x: Shaped[Tensor, "b n *r"], phase: Int[Tensor, "b"], columns: int
+) -> Shaped[Tensor, "b l *r"]:
+    """The inverse of `align`: the ``columns`` that begin at each row's phase."""
+    return take(x, phase[:, None] + torch.arange(columns, device=x.device))
