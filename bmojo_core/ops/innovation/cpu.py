@@ -57,6 +57,6 @@ def _empty_memories(scores: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]
 @cache
 def _insert_in_order():
     """Compile on first use, so that importing this module does not import numba."""
-    from bmojo_core.ops.innovation._numba import insert_in_order
+    from bmojo_core.ops.innovation.cpu_kernels import insert_in_order
 
     return insert_in_order

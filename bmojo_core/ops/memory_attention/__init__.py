@@ -1,14 +1,14 @@
 r"""Attention over a sliding window and over memory tokens, in one softmax.
 
-    out_i = sum_{j in V_i} a_ij v_j,    a_ij = exp(scale q_i.k_j) / sum_{j' in V_i} exp(scale q_i.k_j')
-    V_i   = { j : i + r - w < j <= i + r, key_valid_j }  +  all valid memory tokens of chunk i // chunk
+    out_i = sum_{j in V_i} a_ij v_j,    a_ij = softmax over j in V_i of scale q_i.k_j
+    V_i   = { j : i + r - w < j <= i + r, key_valid_j }  +  valid memory tokens of chunk i // chunk
 
 Symbols
 -------
 q            (b, l, h, p)      queries: h heads of width p
 k, v         (b, r+l, g, p)    keys and values: g key heads, each shared by h / g query heads;
                                the first r were carried over from before the queries
-mem_k, mem_v (b, c, m, g, p)   memory tokens of every chunk (eidetic and fading), c = ceil(l / chunk)
+mem_k, mem_v (b, c, m, g, p)   memory tokens of every chunk, eidetic and fading; c = ceil(l / chunk)
 w            window            inputs a query sees, its own included
 chunk                          queries that share one memory (1: every query has its own)
 
