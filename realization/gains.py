@@ -1,0 +1,139 @@
+"""The half of the Kalman filter that sees no data: the sequence of its gains.
+
+    F_t     = C P_t C' + R                     innovation covariance
+    K_t     = (A P_t C' + S) F_t^{-1}          gain
+    P_{t+1} = A P_t A' + Q - K_t F_t K_t'      covariance of the state's prediction error
+
+Two ways to make one step, `riccati_step` and `square_root_step`, and one loop, `gain_schedule`,
+that groups the steps into stretches of constant gain. A missing output is a row left out of C, R
+and S, so that K and the whitener W are zero there.
+
+Glossary
+    P (n, n)   covariance of x_t given y_0 .. y_{t-1}      seen (p,) bool   outputs present at t
+    K (n, p)   gain                                        W (p, p)         W' W = F^{-1}
+
+Source: Anderson and Moore, Optimal Filtering (1979), chapter 3; Kailath, Sayed and Hassibi, Linear
+Estimation (2000), chapter 12.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+
+from realization.models import StochasticModel, covariance_factor
+from realization.systems import Array
+
+CONVERGED = 1e-14  # what P_t may still move, relative to |P| + |Q|, when a stretch starts
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Stretch:
+    """Steps start .. stop-1 of one P, K, W; half_logdet = log det(F) / 2, count of entries."""
+
+    start: int
+    stop: int
+    P: Array
+    K: Array
+    W: Array
+    half_logdet: float
+    count: int
+
+
+Step = Callable[[StochasticModel, Array, Array], tuple[Array, Array, Array]]
+
+
+def riccati_step(model: StochasticModel, P: Array, seen: Array) -> tuple[Array, Array, Array]:
+    """(K, W, P_{t+1}) from P_t, with only the outputs `seen` (p,) bool observed.
+
+    P_{t+1} is computed in Joseph's form (A - K C) P (A - K C)' + [I -K] [Q S; S' R] [I -K]', a sum
+    of positive semidefinite terms.
+    """
+    C, S, R = model.C[seen], model.S[:, seen], model.R[np.ix_(seen, seen)]
+    CP = C @ P
+    W = inverse_lower(np.linalg.cholesky(CP @ C.T + R))
+    K = ((model.A @ CP.T + S) @ W.T) @ W
+    closed = model.A - K @ C
+    SK = S @ K.T
+    P = closed @ P @ closed.T + model.Q - SK - SK.T + K @ R @ K.T
+    return _scatter(K, seen), _scatter(_scatter(W, seen).T, seen).T, (P + P.T) / 2
+
+
+def square_root_step(
+    model: StochasticModel, P_root: Array, seen: Array
+) -> tuple[Array, Array, Array]:
+    """(K, W, P_{t+1}^{1/2}) from P_t^{1/2}, by one orthogonal triangularization.
+
+        [ C P^{1/2}  N_v ]          [ F^{1/2}    0           ]
+        [ A P^{1/2}  N_w ] Theta =  [ K F^{1/2}  P_+^{1/2}   ],    N N' = [R S'; S Q]
+
+    The covariance is never formed, so it cannot lose symmetry or positivity.
+    """
+    p = int(seen.sum())
+    noise = np.block([[model.R, model.S.T], [model.S, model.Q]])
+    keep = np.concatenate([seen, np.ones(model.n, bool)])
+    N = covariance_factor(noise[np.ix_(keep, keep)])
+    array = np.hstack([np.vstack([model.C[seen] @ P_root, model.A @ P_root]), N])
+    lower = np.linalg.qr(array.T, mode="r").T
+    F_root = lower[:p, :p] * np.sign(np.diag(lower)[:p])
+    if p and np.abs(np.diag(F_root)).min() == 0:
+        raise np.linalg.LinAlgError("singular innovation covariance")
+    W = inverse_lower(F_root)
+    K = (lower[p:, :p] * np.sign(np.diag(lower)[:p])) @ W
+    return _scatter(K, seen), _scatter(_scatter(W, seen).T, seen).T, lower[p:, p:]
+
+
+def inverse_lower(L: Array) -> Array:
+    if L.shape[0] == 0:
+        return L
+    return scipy.linalg.lapack.dtrtri(L, lower=1)[0]
+
+
+def _scatter(M: Array, seen: Array) -> Array:
+    """Columns of M put where `seen` is true, zeros elsewhere."""
+    if seen.all():
+        return M
+    out = np.zeros((M.shape[0], seen.size))
+    out[:, seen] = M
+    return out
+
+
+def gain_schedule(
+    step: Step, model: StochasticModel, P: Array, seen: Array, start: int = 0
+) -> tuple[list[Stretch], Array]:
+    """Stretches that cover start .. T-1, and the covariance after the last step."""
+    T = len(seen)
+    rooted = step is square_root_step
+    carried = covariance_factor(P) if rooted else P
+    # Runs of one pattern of missing entries; inside a run the covariance converges.
+    edges = 1 + start + np.flatnonzero((seen[start + 1 :] != seen[start:-1]).any(axis=1))
+    stretches, scale_Q = [], np.linalg.norm(model.Q)
+    for first, last in zip([start, *edges], [*edges, T]):
+        t, moved_before = first, np.inf
+        while t < last:
+            try:
+                K, W, following = step(model, carried, seen[first])
+            except np.linalg.LinAlgError as error:
+                raise ValueError(
+                    f"the innovation covariance must be positive definite, it is singular at t={t}"
+                ) from error
+            P_next = following @ following.T if rooted else following
+            moved = float(np.linalg.norm(P_next - P))
+            settled = _is_settled(moved, moved_before, float(np.linalg.norm(P_next)) + scale_Q)
+            stop = last if settled else t + 1
+            diagonal = np.diag(W)[seen[first]]
+            half_logdet = -float(np.log(diagonal).sum())
+            stretches.append(Stretch(t, stop, P, K, W, half_logdet, diagonal.size))
+            t, P, carried, moved_before = stop, P_next, following, moved
+    return stretches, P
+
+
+def _is_settled(moved: float, moved_before: float, scale: float) -> bool:
+    """The rest of a geometric series of steps, or rounding noise, below the tolerance."""
+    if moved <= np.finfo(float).eps * scale:
+        return True
+    ratio = moved / moved_before if np.isfinite(moved_before) and moved_before > 0 else 1.0
+    return ratio < 1 and moved * ratio / (1 - ratio) <= CONVERGED * scale
