@@ -1,0 +1,354 @@
+"""Selective scan on the GPU: two hand-written kernels, compiled when first used.
+
+    x_t = exp(delta_t A) x_{t-1} + delta_t B_t u_t         y_t = (C_t x_t + D u_t) silu(z_t)
+
+How the work is cut (the kernels' own story is in ``scan_common.cu`` and ``scan_backward.cu``):
+
+- one thread keeps 4 states of 2 channels in registers and walks through time; the sum over the
+  states is taken over 8 steps at once, across the few lanes that share a channel;
+- the state at the start of every 64 steps is kept for the backward pass (half the memory of the
+  output in half precision), which rebuilds the states between in registers;
+- where batch x channels is too small for the chip, time is cut into segments: a first kernel finds
+  what each segment adds to the state (its decay is only ``exp(A sum delta)``), then all segments
+  run at once;
+- ``dB`` and ``dC`` are summed over channels inside a block by exchanges between lanes, then over
+  blocks in a fixed order: two runs give the same bits.
+
+Symbols: b batch, l length, d channels, n states; u, delta, z (b, l, d); A (d, n); B, C (b, l, n);
+D, delta_bias (d,); states (b, d, n). Arithmetic is float32 whatever the inputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .. import _nvrtc
+
+STATES, CHANNELS, GROUP, CHUNK, TILE = 4, 2, 8, 64, 32  # as in the sources
+MAX_STATES = 32 * STATES
+ELEMENT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+_POINTERS = (
+    *("u", "delta", "z", "B", "C", "A", "D", "bias", "initial", "y", "last", "checkpoints"),
+    *("segment_state", "segment_time", "dy", "dlast", "du", "ddelta", "dz"),
+    *("dinitial", "dparams", "dbc", "dB", "dC"),
+)
+_STRIDED = ("u", "delta", "z", "B", "C", "dy")
+_SIZES = ("b", "l", "d", "n", "chunks", "segments", "chunks_per_segment", "softplus", "vectors")
+
+
+class Params(ctypes.Structure):
+    """Mirror of the kernels' ``struct Params``."""
+
+    _fields_ = (
+        [(name, ctypes.c_void_p) for name in _POINTERS]
+        + [(f"{name}_{axis}", ctypes.c_longlong) for name in _STRIDED for axis in "bl"]
+        + [(name, ctypes.c_int) for name in _SIZES]
+    )
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How states and channels lie on a block's lanes; follows from the number of states."""
+
+    lanes_n: int
+
+    @property
+    def n_pad(self) -> int:
+        return STATES * self.lanes_n
+
+    @property
+    def warps(self) -> int:
+        return 2 if self.lanes_n <= 2 else 4
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+    @property
+    def block_c(self) -> int:
+        return self.warps * 32 // self.lanes_n * CHANNELS
+
+    def forward_bytes(self, u_bytes: int, delta_bytes: int) -> int:
+        staged = 2 * self.block_c * (2 * u_bytes + delta_bytes)
+        return TILE * (8 * self.block_c + 8 * self.n_pad + staged)
+
+    def backward_bytes(self) -> int:
+        rows = CHUNK * (12 * self.block_c + 8 * self.n_pad)
+        starts = (CHUNK // GROUP - 1) * CHANNELS * self.threads * 16
+        return rows + starts + 2 * self.warps * GROUP * 2 * self.n_pad * 4
+
+
+def tiling(n: int) -> Tiling:
+    """The tiling for n states: the fewest lanes, a power of two, that hold them."""
+    lanes = 1
+    while STATES * lanes < n:
+        lanes *= 2
+    return Tiling(lanes)
+
+
+@lru_cache(maxsize=256)
+def segment_count(blocks: int, chunks: int, multiprocessors: int, resident: int) -> int:
+    """Into how many segments to cut time so that the blocks fill the chip.
+
+    A cut costs a second walk over all but one segment, so it must pay for itself: below half of
+    the ``resident`` blocks a multiprocessor holds, cut until about that many are there.
+    """
+    room = multiprocessors * resident
+    if blocks * 2 > room:
+        return 1
+    return max(1, min(room // blocks, chunks // 2))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The sizes, options and compiled kernels of one call."""
+
+    b: int
+    l: int
+    d: int
+    n: int
+    softplus: bool
+    u_bytes: int
+    delta_bytes: int
+    defines: tuple[tuple[str, str], ...]
+    device: torch.device
+
+    @property
+    def tiling(self) -> Tiling:
+        return tiling(self.n)
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.l // CHUNK)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.d // self.tiling.block_c)
+
+    def segments(self, resident: int) -> tuple[int, int]:
+        """(segments, chunks per segment), every segment at least one chunk long."""
+        wanted = segment_count(
+            self.b * self.blocks, self.chunks, _multiprocessors(self.device.index), resident
+        )
+        per_segment = -(-self.chunks // wanted)
+        return -(-self.chunks // per_segment), per_segment
+
+    def shared_bytes(self, pass_: str) -> int:
+        if pass_ == "forward":
+            return self.tiling.forward_bytes(self.u_bytes, self.delta_bytes)
+        return self.tiling.backward_bytes()
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def launch(
+        self, kernel: str, pass_: str, params: Params, grid: tuple[int, int, int] | None = None
+    ) -> None:
+        """Launch one kernel of ``scan_{pass_}.cu``, by default a block per (channels, segment)."""
+        shared = self.shared_bytes(pass_)
+        defines = (*self.defines, ("SHARED_BYTES", str(shared)))
+        source = _nvrtc.read_source(
+            "_intrinsics.cu", "selective_scan/scan_common.cu", f"selective_scan/scan_{pass_}.cu"
+        )
+        module = _nvrtc.load(source, defines, self.device.index)
+        grid = grid or (self.b * self.blocks, params.segments, 1)
+        module.launch(kernel, grid, self.tiling.threads, shared, params)
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _fill(call: _Call, tensors: dict[str, Tensor | None], resident: int) -> Params:
+    """The kernels' parameters. ``vectors``: every row can be moved 16 bytes at a time."""
+    segments, per_segment = call.segments(resident)
+    params = Params(b=call.b, l=call.l, d=call.d, n=call.n, softplus=int(call.softplus))
+    params.chunks, params.segments, params.chunks_per_segment = call.chunks, segments, per_segment
+    vectors = True
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        setattr(params, name, tensor.data_ptr())
+        if name in _STRIDED:
+            setattr(params, f"{name}_b", tensor.stride(0))
+            setattr(params, f"{name}_l", tensor.stride(1))
+        if name in ("u", "delta", "z", "dy", "y", "du", "ddelta", "dz"):
+            size = tensor.element_size()
+            steps = (tensor.data_ptr(), tensor.stride(0) * size, tensor.stride(1) * size)
+            vectors &= all(step % 16 == 0 for step in steps) and call.d * size % 16 == 0
+    params.vectors = int(vectors)
+    return params
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    """A (b, l, width) tensor whose rows are contiguous; views along b and l stay views."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _float(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach().to(torch.float32).contiguous()
+
+
+class _SelectiveScan(torch.autograd.Function):
+    """Forward keeps the state at every chunk's start; backward rebuilds the rest from it."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, bias, initial, softplus, differentiable):
+        call = _describe(u, delta, A, B, softplus)
+        t = call.tiling
+        inputs = dict(u=_rows(u), delta=_rows(delta), z=_rows(z), B=_rows(B), C=_rows(C))
+        inputs |= dict(A=_float(A), D=_float(D), bias=_float(bias), initial=_float(initial))
+        y = call.empty(call.b, call.l, call.d, dtype=u.dtype)
+        last = call.empty(call.b, call.d, call.n)
+        checkpoints = None
+        if differentiable:
+            checkpoints = call.empty(call.b, call.chunks, call.d, t.n_pad)
+        work = inputs | dict(y=y, last=last, checkpoints=checkpoints)
+        segments, _ = call.segments(FORWARD_RESIDENT)
+        if segments > 1:
+            work["segment_state"] = call.empty(call.b, segments, call.d, t.n_pad)
+            work["segment_time"] = call.empty(call.b, segments, call.d)
+        params = _fill(call, work, FORWARD_RESIDENT)
+        if segments > 1:
+            first = (call.b * call.blocks, segments - 1, 1)  # nobody needs what the last one adds
+            call.launch("scan_segment_states", "forward", params, first)
+        call.launch("scan_outputs", "forward", params)
+        ctx.set_materialize_grads(False)
+        if differentiable:
+            ctx.call = call
+            ctx.dtypes = [None if x is None else x.dtype for x in (A, D, bias, initial)]
+            ctx.save_for_backward(*inputs.values(), checkpoints)
+        return y, last
+
+    @staticmethod
+    def backward(ctx, dy, dlast):
+        call, t = ctx.call, ctx.call.tiling
+        *saved, checkpoints = ctx.saved_tensors
+        names = ("u", "delta", "z", "B", "C", "A", "D", "bias", "initial")
+        work = dict(zip(names, saved), checkpoints=checkpoints)
+        u, delta, z, B = (work[name] for name in ("u", "delta", "z", "B"))
+        shape = (call.b, call.l, call.d)
+        dy = torch.zeros(shape, dtype=u.dtype, device=u.device) if dy is None else _rows(dy)
+        segments, _ = call.segments(BACKWARD_RESIDENT)
+        work |= dict(
+            dy=dy,
+            dlast=_float(dlast),
+            du=call.empty(*shape, dtype=u.dtype),
+            ddelta=call.empty(*shape, dtype=delta.dtype),
+            dz=None if z is None else call.empty(*shape, dtype=z.dtype),
+            dB=call.empty(call.b, call.l, call.n, dtype=B.dtype),
+            dC=call.empty(call.b, call.l, call.n, dtype=B.dtype),
+            dparams=call.empty(call.b * segments, call.d, t.n_pad + 2),
+            dbc=call.empty(call.blocks, call.b, call.l, 2 * t.n_pad),
+        )
+        if work["initial"] is not None:
+            work["dinitial"] = call.empty(call.b, call.d, call.n)
+        if segments > 1:
+            work["segment_state"] = call.empty(call.b, segments, call.d, t.n_pad)
+            work["segment_time"] = call.empty(call.b, segments, call.d)
+        params = _fill(call, work, BACKWARD_RESIDENT)
+        if segments > 1:
+            call.launch("scan_segment_gradients", "backward", params)
+        call.launch("scan_gradients", "backward", params)
+        sums = -(-call.b * call.l * 2 * t.n_pad // t.threads)
+        call.launch("scan_sum_over_channels", "backward", params, (sums, 1, 1))
+        return (*_gradients(call, work, ctx.dtypes), None, None)
+
+
+def _gradients(call: _Call, work: dict, dtypes: list) -> tuple[Tensor | None, ...]:
+    """Gradients in the order of the inputs, each in its input's type."""
+    A_type, D_type, bias_type, initial_type = dtypes
+    total = work["dparams"].sum(0)
+    n_pad = call.tiling.n_pad
+    dA = total[:, : call.n].to(A_type)
+    dD = None if D_type is None else total[:, n_pad].to(D_type)
+    dbias = None if bias_type is None else total[:, n_pad + 1].to(bias_type)
+    dinitial = None if initial_type is None else work["dinitial"].to(initial_type)
+    first = (work["du"], work["ddelta"], dA, work["dB"], work["dC"])
+    return (*first, dD, work["dz"], dbias, dinitial)
+
+
+FORWARD_RESIDENT = 4  # blocks of the forward kernel that a multiprocessor holds
+BACKWARD_RESIDENT = 2
+
+
+def _describe(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, softplus: bool) -> _Call:
+    (b, l, d), n = u.shape, A.shape[-1]
+    defines = (
+        ("U_T", ELEMENT[u.dtype]),
+        ("DELTA_T", ELEMENT[delta.dtype]),
+        ("BC_T", ELEMENT[B.dtype]),
+        ("LANES_N", str(tiling(n).lanes_n)),
+    )
+    sizes = u.element_size(), delta.element_size()
+    return _Call(b, l, d, n, softplus, *sizes, defines, u.device)
+
+
+def selective_scan_gpu(
+    u: Float[Tensor, "b l d"],
+    delta: Float[Tensor, "b l d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b l n"],
+    C: Float[Tensor, "b l n"],
+    D: Float[Tensor, " d"] | None = None,
+    z: Float[Tensor, "b l d"] | None = None,
+    delta_bias: Float[Tensor, " d"] | None = None,
+    delta_softplus: bool = False,
+    initial_state: Float[Tensor, "b d n"] | None = None,
+) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d n"]]:
+    """Selective scan and its last state, differentiable in every tensor argument.
+
+    Parameters
+    ----------
+    u, delta, z : Tensor, (b, l, d)
+        Input, step size, gate: float32, bfloat16 or float16; z has the type of u. Any strides
+        along b and l.
+    A : Tensor, (d, n)
+        Continuous-time decay rates, n <= 128.
+    B, C : Tensor, (b, l, n)
+        Input and output maps, of one type.
+    D, delta_bias : Tensor, (d,), optional
+    delta_softplus : bool
+        Whether the step size is ``softplus(delta + delta_bias)``.
+    initial_state : Tensor, (b, d, n), optional
+        State before the first step; zero if not given.
+
+    Returns
+    -------
+    y : Tensor, (b, l, d)
+        Of the type of u.
+    last_state : Tensor, (b, d, n)
+        float32.
+
+    Raises
+    ------
+    ValueError
+        For tensors that are not on one CUDA device, types other than the three above, or n > 128.
+    """
+    for name, x in {"u": u, "delta": delta, "B": B, "C": C}.items():
+        if x.dtype not in ELEMENT:
+            allowed = "float32, bfloat16 or float16 (float64: use backend='reference')"
+            raise ValueError(f"{name} has dtype {x.dtype}; the gpu backend takes {allowed}")
+    if B.dtype != C.dtype or (z is not None and z.dtype != u.dtype):
+        raise ValueError("B and C must have one dtype, and z the dtype of u")
+    if A.shape[-1] > MAX_STATES:
+        raise ValueError(f"A has {A.shape[-1]} states; the gpu backend takes at most {MAX_STATES}")
+    tensors = (u, delta, A, B, C, D, z, delta_bias, initial_state)
+    given = [x for x in tensors if x is not None]
+    _require_cuda(given)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return _SelectiveScan.apply(*tensors, bool(delta_softplus), differentiable)
+
+
+def _require_cuda(tensors: list[Tensor]) -> None:
+    devices = {x.device for x in tensors}
+    if len(devices) != 1 or next(iter(devices)).type != "cuda":
+        raise ValueError(f"the gpu backend needs all tensors on one CUDA device, got {devices}")
