@@ -1,10 +1,113 @@
 """Stochastic realization theory for linear systems in discrete time (numpy and scipy only)."""
 
+from realization.canonical import (
+    IllConditionedWarning,
+    balanced_form,
+    controllable_form,
+    modal_form,
+    observable_form,
+    staircase_form,
+)
+from realization.equivalence import minimal, similarity
+from realization.filtering import (
+    FilterResult,
+    innovation_form,
+    kalman_filter,
+    log_likelihood,
+    square_root_filter,
+    steady_state_filter,
+    steady_state_gain,
+)
+from realization.hankel import block_hankel, ho_kalman, order_by_bic, order_by_gap
+from realization.identification import cva, estimate_order, moesp, n4sid
+from realization.models import (
+    InnovationModel,
+    StochasticRealization,
+    covariance_parameters,
+    output_covariances,
+    state_covariance,
+)
+from realization.reduction import (
+    balanced_truncation,
+    hankel_singular_values,
+    observability_gramian,
+    reachability_gramian,
+    stochastic_balanced_truncation,
+)
+from realization.stochastic import (
+    backward_innovations_model,
+    covariance_realization,
+    faurre_bounds,
+    innovations_model,
+    is_positive_real,
+    kolmogorov_szego,
+    positive_real_matrix,
+    spectral_density,
+    spectral_factor,
+    stochastic_realization,
+)
 from realization.systems import StateSpace, feedback, parallel, series
+from realization.whiteness import (
+    autocorrelations,
+    cumulative_periodogram,
+    cumulative_periodogram_test,
+    portmanteau_test,
+    runs_test,
+    whiteness_test,
+)
 
 __all__ = [
+    "FilterResult",
+    "IllConditionedWarning",
+    "InnovationModel",
     "StateSpace",
+    "StochasticRealization",
+    "autocorrelations",
+    "backward_innovations_model",
+    "balanced_form",
+    "balanced_truncation",
+    "block_hankel",
+    "controllable_form",
+    "covariance_parameters",
+    "covariance_realization",
+    "cumulative_periodogram",
+    "cumulative_periodogram_test",
+    "cva",
+    "estimate_order",
+    "faurre_bounds",
     "feedback",
+    "hankel_singular_values",
+    "ho_kalman",
+    "innovation_form",
+    "innovations_model",
+    "is_positive_real",
+    "kalman_filter",
+    "kolmogorov_szego",
+    "log_likelihood",
+    "minimal",
+    "modal_form",
+    "moesp",
+    "n4sid",
+    "observability_gramian",
+    "observable_form",
+    "order_by_bic",
+    "order_by_gap",
+    "output_covariances",
     "parallel",
+    "portmanteau_test",
+    "positive_real_matrix",
+    "reachability_gramian",
+    "runs_test",
     "series",
+    "similarity",
+    "spectral_density",
+    "spectral_factor",
+    "square_root_filter",
+    "staircase_form",
+    "state_covariance",
+    "steady_state_filter",
+    "steady_state_gain",
+    "stochastic_balanced_truncation",
+    "stochastic_realization",
+    "whiteness_test",
 ]

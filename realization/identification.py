@@ -243,9 +243,20 @@ def predictor_gain(A: Array, C: Array, noise: Array) -> tuple[Array, Array]:
         raise no_gain from error
     Lambda = symmetric_part(C @ P @ C.T + R)
     K = np.linalg.solve(Lambda, (A @ P @ C.T + S).T).T
-    if np.abs(np.linalg.eigvals(A - K @ C)).max() >= 1:
+    if not _is_contracting(A - K @ C):
         raise no_gain
     return K, Lambda
+
+
+def _is_contracting(F: Array) -> bool:
+    """True when powers of F do not blow up, in arithmetic as well as in its eigenvalues.
+
+    Where F is far from normal its computed eigenvalues say little, so its powers are looked at.
+    """
+    if not np.isfinite(F).all() or np.abs(np.linalg.eigvals(F)).max() >= 1:
+        return False
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.linalg.norm(np.linalg.matrix_power(F, 4096)) < 1e6)
 
 
 def fit_inputs(
