@@ -30,6 +30,7 @@ import math
 from typing import Any
 
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 KINDS = ("transformer", "mamba", "hybrid", "bmojo_f", "bmojo")
 SUBLAYERS = ("mamba", "attention", "sliding_attention", "bmojo", "feedforward", "moe")
@@ -38,9 +39,9 @@ SUBLAYERS = ("mamba", "attention", "sliding_attention", "bmojo", "feedforward", 
 # Up to 30m the vocabulary is bytes; from 130m it is the paper's tokenizer's size.
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {"vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "window": 32},
-    "10m": {"vocab_size": 256, "hidden_size": 384, "num_layers": 6, "num_heads": 6, "window": 128},
-    "30m": {"vocab_size": 256, "hidden_size": 512, "num_layers": 10, "num_heads": 8, "window": 256},
-    "130m": {"vocab_size": 32000, "hidden_size": 768, "num_layers": 16, "num_heads": 12},
+    "10m": {"vocab_size": 256, "hidden_size": 320, "num_layers": 9, "num_heads": 5, "window": 128},
+    "30m": {"vocab_size": 256, "hidden_size": 512, "num_layers": 11, "num_heads": 8, "window": 256},
+    "130m": {"vocab_size": 32000, "hidden_size": 768, "num_layers": 17, "num_heads": 12},
     "370m": {"vocab_size": 32000, "hidden_size": 1024, "num_layers": 30, "num_heads": 16},
     "790m": {"vocab_size": 32000, "hidden_size": 1536, "num_layers": 30, "num_heads": 16},
     "1.4b": {"vocab_size": 32000, "hidden_size": 2048, "num_layers": 30, "num_heads": 16},
@@ -177,9 +178,9 @@ class BMojoConfig(PretrainedConfig):
         super().__init__(**kwargs)
         for name, value in own.items():
             setattr(self, name, value)
-        self.layer_types = list(layer_types or ("bmojo",) * num_layers)
         self.num_kv_heads = num_kv_heads if num_kv_heads is not None else num_heads
         _check(self)
+        self.layer_types = list(layer_types or ("bmojo",) * num_layers)
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_heads
         self.memory_chunk = memory_chunk if memory_chunk is not None else window
         self.dt_rank = dt_rank if dt_rank is not None else math.ceil(hidden_size / 16)
@@ -192,10 +193,10 @@ class BMojoConfig(PretrainedConfig):
     @classmethod
     def transformer(cls, **sizes: Any) -> BMojoConfig:
         """Attention and MLP blocks; attention sees a window if ``window`` is given, else all."""
-        windowed = sizes.get("window") is not None
-        first = "sliding_attention" if windowed else "attention"
-        sizes = {**sizes, "window": sizes.get("window") or cls._default("window")}
-        return cls._stack((first, "feedforward"), sizes)
+        if sizes.get("window") is not None:
+            return cls._stack(("sliding_attention", "feedforward"), sizes)
+        sizes = {**sizes, "window": cls._default("window")}
+        return cls._stack(("attention", "feedforward"), sizes)
 
     @classmethod
     def mamba(cls, **sizes: Any) -> BMojoConfig:
@@ -267,9 +268,13 @@ class BMojoConfig(PretrainedConfig):
         tables = 1 if self.tie_word_embeddings else 2
         return body + tables * self.vocab_size * self.hidden_size
 
-    def validate_layer_type(self) -> None:
-        """Sublayer names are this library's own (transformers' list has no B'MOJO)."""
+    def validate(self) -> None:
+        """Check all fields; transformers calls it before it saves.
+
+        It takes the place of transformers' own check, whose list of sublayers has no B'MOJO.
+        """
         _check(self)
+        _check_derived(self)
 
 
 def sublayer_parameters(config: BMojoConfig, sublayer: str, width: int | None = None) -> int:
@@ -341,7 +346,10 @@ def _check(c: BMojoConfig) -> None:
         _require_int(c, name, at_least=1)
     for name in ("num_fading_tokens", "num_eidetic_tokens", "num_experts", "key_kernel"):
         _require_int(c, name, at_least=0)
-    for name in ("memory_chunk", "dt_rank", "ssm_intermediate_size", "intermediate_size"):
+    for name in ("num_experts_per_tok", "selection_seed"):
+        _require_int(c, name, at_least=0)
+    optional = ("memory_chunk", "dt_rank", "ssm_intermediate_size", "intermediate_size", "head_dim")
+    for name in optional:
         if getattr(c, name) is not None:
             _require_int(c, name, at_least=1)
     _require_choice(c, "wiring", ("stacked", "parallel"))
@@ -349,9 +357,10 @@ def _check(c: BMojoConfig) -> None:
     _require_choice(c, "memory_projections", ("shared", "separate"))
     _require_choice(c, "position", ("none", "rope"))
     _require_choice(c, "ssm_norms", (None, "learned", "plain"))
-    unknown = set(c.layer_types) - set(SUBLAYERS)
-    if unknown:
-        raise ValueError(f"layer_types entries must be in {SUBLAYERS}, got {sorted(unknown)}")
+    _require_choice(c, "hidden_act", tuple(sorted(ACT2FN)))
+    types = ("bmojo",) if c.layer_types is None else c.layer_types
+    if isinstance(types, str) or not types or set(types) - set(SUBLAYERS):
+        raise ValueError(f"layer_types must be a list of entries of {SUBLAYERS}, got {types!r}")
     if c.head_dim is None and c.hidden_size % c.num_heads:
         raise ValueError(
             f"num_heads must divide hidden_size {c.hidden_size} when head_dim is not given, "
@@ -359,8 +368,11 @@ def _check(c: BMojoConfig) -> None:
         )
     if c.num_heads % c.num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads {c.num_heads}, got {c.num_kv_heads}")
-    if not c.expand > 0:
-        raise ValueError(f"expand must be positive, got {c.expand}")
+    if not c.expand * c.hidden_size >= 1:
+        raise ValueError(f"expand must be at least 1 / hidden_size, got {c.expand}")
+    for name in ("norm_eps", "initializer_range"):
+        if not 0 < getattr(c, name) < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {getattr(c, name)}")
 
 
 def _check_derived(c: BMojoConfig) -> None:
