@@ -252,6 +252,16 @@ class StateSpace:
             raise ValueError("T must be invertible, got a singular matrix") from error
         return StateSpace(AC[: self.n], T @ self.B, AC[self.n :], self.D)
 
+    def dual(self) -> StateSpace:
+        """The transposed system (A^T, C^T, B^T, D^T): inputs and outputs change places.
+
+        Returns
+        -------
+        StateSpace
+            With Markov parameters H_k^T.
+        """
+        return StateSpace(self.A.T, self.C.T, self.B.T, self.D.T)
+
     def transfer_function(self, z: ArrayLike) -> NDArray[np.complex128]:
         """G(z) = D + C (z I - A)^{-1} B at each point z.
 

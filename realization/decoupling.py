@@ -1,0 +1,274 @@
+"""Splitting A by its spectrum, as far as rounding errors allow.
+
+    A = sum_i V_i A_i L_i,     L_i V_j = I if i = j else 0,     L_i A = A_i L_i,  A V_i = V_i A_i
+
+Two groups of eigenvalues are split by the solution X of the Sylvester equation
+
+    S11 X - X S22 = -S12,    [I X; 0 I]^{-1} [S11 S12; 0 S22] [I X; 0 I] = [S11 0; 0 S22]
+
+applied to a real Schur form S. A rounding error in A of relative size eps turns the split space by
+about eps ||A|| (1 + ||X||) / gap. Where that angle is not small, the eigenvalues are one eigenvalue
+to working precision (a Jordan block, or equal modes), and they stay together in a triangular A_i.
+
+Once the modes are apart, reachability is a question to each of them alone (Popov, Belevitch,
+Hautus): (A, B) is reachable if and only if every (A_i, L_i B) is. The rounding error of L_i B is
+known, which gives the decision a threshold that is neither a guess nor a knob.
+
+Glossary
+    A (n, n)      L_i (k_i, n) left basis, rows      V_i (n, k_i) right basis, columns
+    S, Q          real Schur form, A = Q S Q^T       A_i (k_i, k_i) quasi-triangular block
+
+Source: Bavely and Stewart, SIAM J. Numer. Anal. 16 (1979); Stewart and Sun, Matrix Perturbation
+Theory (1990), chapter V; Kailath, Linear Systems (1980), section 2.4.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import lapack, schur
+
+from realization.systems import Array
+
+EPS = float(np.finfo(np.float64).eps)
+# Relative perturbation of (A, B, C) that counts as rounding: 45 units in the last place.
+ROUNDING = 1e-14
+# A split is kept while a rounding error turns the split space by less than about this angle.
+LARGEST_ANGLE = 1e-4
+
+
+class IllConditionedWarning(UserWarning):
+    """A result is right in principle, and has lost digits to the basis that was asked for."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One group of eigenvalues that rounding does not tell apart.
+
+    Attributes
+    ----------
+    A : ndarray, shape (k, k)
+        Real Schur block.
+    L : ndarray, shape (k, n)
+        Left basis, L A = A_i L.
+    V : ndarray, shape (n, k)
+        Right basis, A V = V A_i, with L V = I.
+    poles : ndarray of complex, shape (k,)
+        Its eigenvalues.
+    """
+
+    A: Array
+    L: Array
+    V: Array
+    poles: NDArray[np.complex128]
+
+    @property
+    def size(self) -> int:
+        """Number of states k."""
+        return self.A.shape[0]
+
+    @property
+    def is_complex(self) -> bool:
+        """True for a single complex pair."""
+        return self.size == 2 and self.poles[0].imag != 0
+
+
+def decouple(A: Array) -> list[Block]:
+    """Split A into the finest blocks that rounding errors allow.
+
+    Parameters
+    ----------
+    A : ndarray, shape (n, n)
+
+    Returns
+    -------
+    list of Block
+        One block per real eigenvalue or complex pair; larger ones where eigenvalues (nearly)
+        coincide.
+    """
+    n = A.shape[0]
+    if n == 0:
+        return []
+    S, Q = schur(A)
+    R = Q.copy(order="F")  # right basis: A R = R S with the finished blocks of S cut off
+    lam = _quasi_triangular_eigenvalues(S)
+    scale = max(float(np.linalg.norm(A)), np.finfo(float).tiny)
+    blocks: list[Block] = []
+    start = 0
+    while start < n:
+        k = _diagonal_block_size(S, start)
+        while start + k < n:
+            X, gap, nearest = _sylvester_split(S, lam, start, k)
+            if EPS * scale * (1 + np.abs(X).max()) <= LARGEST_ANGLE * gap:
+                break
+            S, Q, R, moved = _bring_forward(S, Q, R, nearest, start + k)
+            lam = _quasi_triangular_eigenvalues(S)
+            k += moved
+        own, rest = slice(start, start + k), slice(start + k, n)
+        L = Q[:, own].T
+        V = R[:, own].copy()
+        if start + k < n:
+            L = L - X @ Q[:, rest].T
+            R[:, rest] += V @ X
+        blocks.append(Block(S[own, own], L, V, lam[own]))
+        start += k
+    return blocks
+
+
+def _diagonal_block_size(S: Array, i: int) -> int:
+    """1 for a real eigenvalue at S[i, i], 2 for a complex pair."""
+    return 2 if i + 1 < S.shape[0] and S[i + 1, i] != 0 else 1
+
+
+def _quasi_triangular_eigenvalues(S: Array) -> NDArray[np.complex128]:
+    """Eigenvalues in the order of the diagonal of a real Schur form."""
+    lam = np.diag(S).astype(np.complex128)
+    for i in np.flatnonzero(np.diag(S, -1)):
+        # LAPACK's standard form: equal diagonal entries, off-diagonal entries of opposite sign.
+        w = np.sqrt(complex(S[i, i + 1] * S[i + 1, i]))
+        lam[i] += w
+        lam[i + 1] -= w
+    return lam
+
+
+def _sylvester_split(
+    S: Array, lam: NDArray[np.complex128], start: int, k: int
+) -> tuple[Array, float, int]:
+    """X that splits the k states at `start` from those after, the gap, the nearest pole there."""
+    own, rest = slice(start, start + k), slice(start + k, S.shape[0])
+    X, scale, _ = lapack.dtrsyl(S[own, own], S[rest, rest], -S[own, rest], isgn=-1)
+    distance = np.abs(lam[own, None] - lam[None, rest]).min(axis=0)
+    nearest = int(distance.argmin())
+    gap = float(distance[nearest])
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        X = X / scale  # LAPACK scales X down where it would overflow
+    return X, gap, rest.start + nearest
+
+
+def _bring_forward(
+    S: Array, Q: Array, R: Array, source: int, target: int
+) -> tuple[Array, Array, Array, int]:
+    """Swap the diagonal block of S at `source` up to `target`; also its size (1 or 2)."""
+    if source > 0 and S[source, source - 1] != 0:
+        source -= 1
+    size = _diagonal_block_size(S, source)
+    if source != target:
+        S, Z, info = lapack.dtrexc(S, np.eye(S.shape[0]), source + 1, target + 1)
+        if info == 0:
+            return S, Q @ Z, R @ Z, _diagonal_block_size(S, target)
+        # LAPACK refuses a swap that rounding would spoil: take all that lies between instead.
+        size = source + size - target
+    return S, Q, R, size
+
+
+# --- which modes an input reaches -----------------------------------------------------------------
+
+
+def unreachable_rows(blocks: list[Block], A: Array, B: Array, tol: float) -> Array:
+    """Rows w that no input reaches: a left-invariant space of A, orthogonal to B.
+
+    Parameters
+    ----------
+    blocks : list of Block
+        From `decouple(A)`.
+    A : ndarray, shape (n, n)
+    B : ndarray, shape (n, m)
+    tol : float
+        Relative perturbation of (A, B) that counts as zero.
+
+    Returns
+    -------
+    ndarray, shape (unreachable, n)
+        A basis; orthonormal within each block.
+    """
+    n = A.shape[0]
+    noise = _reachability_noise(blocks, A, B)
+    rows = [np.zeros((0, n))]
+    # One real eigenvalue, or one complex pair, is reached as a whole or not at all.
+    for k in (1, 2):
+        simple = [i for i, b in enumerate(blocks) if b.size == k and (k == 1 or b.is_complex)]
+        if simple:
+            L = np.stack([blocks[i].L.T for i in simple])
+            U = np.linalg.qr(L)[0].transpose(0, 2, 1) if k > 1 else _unit_rows(L)
+            coupling = np.linalg.norm(U @ B, axis=(1, 2))
+            rows.append(U[coupling <= tol * noise[simple]].reshape(-1, n))
+    for block, level in zip(blocks, noise):
+        if block.size > 2 or (block.size == 2 and not block.is_complex):
+            rows.append(_unreachable_within(block, A, B, level, tol))
+    return np.vstack(rows)
+
+
+def _unit_rows(L: Array) -> Array:
+    """Columns (r, n, 1) -> unit rows (r, 1, n)."""
+    return (L / np.linalg.norm(L, axis=1, keepdims=True)).transpose(0, 2, 1)
+
+
+def _reachability_noise(blocks: list[Block], A: Array, B: Array) -> Array:
+    """Change of U_i B, U_i the orthonormal rows of block i, per relative change of (A, B).
+
+    To first order the left space of block i turns by dU_i = sum_j Y_ij L_j with
+    ||Y_ij|| <= ||dA|| ||V_j|| / sep(A_i, A_j), so that ||dU_i B|| <= ||dB|| + sum_j ||Y_ij L_j B||.
+    """
+    sizes = np.array([b.size for b in blocks])
+    first = np.cumsum(sizes) - sizes
+    V = np.hstack([b.V for b in blocks])
+    LB = np.vstack([b.L for b in blocks]) @ B
+    seen = np.sqrt(np.add.reduceat((V**2).sum(axis=0), first))
+    seen *= np.sqrt(np.add.reduceat((LB**2).sum(axis=1), first))
+    lam = np.concatenate([b.poles for b in blocks])
+    gap = np.abs(lam[:, None] - lam[None, :])
+    gap = np.minimum.reduceat(np.minimum.reduceat(gap, first, axis=0), first, axis=1)
+    np.fill_diagonal(gap, 1.0)
+    for i, one in enumerate(blocks):
+        if one.size > 2:
+            for j, two in enumerate(blocks):
+                if i != j:
+                    gap[i, j] = gap[j, i] = _separation(one.A, two.A)
+    np.fill_diagonal(gap, np.inf)
+    return np.linalg.norm(B) + np.linalg.norm(A) * (seen[None, :] / gap).sum(axis=1)
+
+
+def _separation(A1: Array, A2: Array) -> float:
+    """Estimate of min ||A1 Y - Y A2|| / ||Y||: non-normal blocks are closer than their poles."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], size=(3, A1.shape[0], A2.shape[0]))
+    largest = 0.0
+    for right in signs:
+        Y, scale, _ = lapack.dtrsyl(A1, A2, right, isgn=-1)
+        largest = max(largest, np.linalg.norm(Y) / scale if scale > 0 else np.inf)
+    return 1 / largest
+
+
+def _unreachable_within(block: Block, A: Array, B: Array, noise: float, tol: float) -> Array:
+    """The staircase inside one block: orthonormal rows (unreachable, n).
+
+    The inputs reach range(U B), and through A_i they reach more, until a step adds nothing larger
+    than what perturbations of relative size `tol` would add.
+    """
+    U = np.linalg.qr(block.L.T)[0].T
+    Ai, coupling = U @ A @ U.T, U @ B
+    spread = np.linalg.norm(Ai - np.trace(Ai) / block.size * np.eye(block.size), 2)
+    projector = np.linalg.norm(block.L) * np.linalg.norm(block.V)
+    threshold = tol * noise
+    reached, weakest = 0, np.inf
+    while reached < block.size:
+        W, s, _ = np.linalg.svd(coupling)
+        rank = int((s > threshold).sum())
+        if rank == 0:
+            break
+        Z = np.eye(block.size)
+        Z[reached:, reached:] = W
+        U, Ai = Z.T @ U, Z.T @ Ai @ Z
+        coupling = Ai[reached + rank :, reached : reached + rank]
+        # A direction that was reached weakly is known badly, and hands its error on through A_i.
+        weakest = min(weakest, s[rank - 1])
+        threshold = tol * (np.linalg.norm(A) * projector + spread * noise / weakest)
+        reached += rank
+    return U[reached:]
+
+
+def complement_first(rows: Array, n: int) -> tuple[Array, int]:
+    """Orthogonal T whose last rows span `rows` and whose first span what is orthogonal to them."""
+    Q = np.linalg.qr(rows.T, mode="complete")[0] if len(rows) else np.eye(n)
+    return np.vstack([Q[:, len(rows) :].T, Q[:, : len(rows)].T]), n - len(rows)
