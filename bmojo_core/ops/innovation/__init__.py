@@ -26,6 +26,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bmojo_core.ops._checks import (
+    check_backend,
+    check_companions,
+    check_rank,
+    check_shape,
+    compute_dtype,
+)
 from bmojo_core.ops.innovation.reference import innovation_reference, running_top_k_reference
 from bmojo_core.ops.innovation.top_k import merge_top_k, running_top_k_parallel, top_k
 
@@ -36,9 +43,6 @@ __all__ = [
     "running_top_k_parallel",
     "top_k",
 ]
-
-INNOVATION_BACKENDS = ("auto", "reference", "cpu", "gpu")
-TOP_K_BACKENDS = ("auto", "reference", "cpu", "parallel", "gpu")
 
 
 def innovation(
@@ -84,10 +88,14 @@ def innovation(
 
     Source: B'MOJO, Algorithm 1 step 3; the fixed average follows the authors' answer to reviewers.
     """
-    _check_backend(backend, INNOVATION_BACKENDS)
-    _check_innovation(y, taps, weights, past)
+    b, _, d = check_rank("y", y, "b l d")
+    _check_count("taps", taps, 1)
+    check_shape("weights", weights, {"taps": taps})
+    check_shape("past", past, {"b": b, "taps": taps, "d": d})
+    check_companions("y", y, {"weights": weights, "past": past})
+    check_backend(backend, ("auto", "reference", "cpu", "gpu"), y.device)
     if weights is None:
-        weights = torch.full((taps,), 1.0 / taps, dtype=y.dtype, device=y.device)
+        weights = torch.full((taps,), 1.0 / taps, dtype=compute_dtype(y), device=y.device)
     if backend == "reference":
         return innovation_reference(y, weights, past)
     if backend == "gpu" or (backend == "auto" and y.is_cuda):
@@ -140,8 +148,11 @@ def running_top_k(
 
     Source: B'MOJO, Algorithm 1 step 4; appendix B.2 for chunks.
     """
-    _check_backend(backend, TOP_K_BACKENDS)
-    _check_top_k(scores, k, chunk)
+    check_rank("scores", scores, "b l")
+    _check_count("k", k, 0)
+    _check_count("chunk", chunk, 1)
+    if backend != "parallel":  # the one that runs on every device
+        check_backend(backend, ("auto", "reference", "cpu", "parallel", "gpu"), scores.device)
     scores = scores.detach()
     if backend == "reference":
         return running_top_k_reference(scores, k, chunk)
@@ -156,41 +167,6 @@ def running_top_k(
     return running_top_k_parallel(scores, k, chunk)
 
 
-def _check_backend(backend: str, allowed: tuple[str, ...]) -> None:
-    if backend not in allowed:
-        raise ValueError(f"backend must be one of {', '.join(allowed)}; got {backend!r}")
-
-
 def _check_count(name: str, value: int, smallest: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < smallest:
         raise ValueError(f"{name} must be an integer >= {smallest}; got {value!r}")
-
-
-def _check_sequence(name: str, x: Tensor, axes: str) -> None:
-    if x.ndim != len(axes.split()):
-        raise ValueError(f"{name} must have shape ({axes}); got {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"{name} must be of a floating dtype; got {x.dtype}")
-    if x.numel() == 0:
-        raise ValueError(f"{name} must not be empty in ({axes}); got {tuple(x.shape)}")
-
-
-def _check_innovation(y: Tensor, taps: int, weights: Tensor | None, past: Tensor | None) -> None:
-    _check_sequence("y", y, "b l d")
-    _check_count("taps", taps, 1)
-    b, _, d = y.shape
-    for name, x, shape in (("weights", weights, (taps,)), ("past", past, (b, taps, d))):
-        if x is None:
-            continue
-        if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}; got {tuple(x.shape)}")
-        if x.dtype != y.dtype and not (name == "weights" and x.dtype == torch.float32):
-            raise ValueError(f"{name} must have y's dtype {y.dtype}; got {x.dtype}")
-        if x.device != y.device:
-            raise ValueError(f"{name} must be on y's device {y.device}; got {x.device}")
-
-
-def _check_top_k(scores: Tensor, k: int, chunk: int) -> None:
-    _check_sequence("scores", scores, "b l")
-    _check_count("k", k, 0)
-    _check_count("chunk", chunk, 1)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bmojo_core.ops._checks import compute_dtype
+
 
 def innovation_cpu(
     y: Float[Tensor, "b l d"],
@@ -22,14 +24,40 @@ def innovation_cpu(
     past: Float[Tensor, "b taps d"] | None,
 ) -> Float[Tensor, "b l"]:
     """Innovation by shifted sums; see ``bmojo_core.ops.innovation``."""
-    dtype = torch.promote_types(y.dtype, torch.float32)
-    y, weights = y.to(dtype), weights.to(dtype)
-    l, taps = y.shape[1], weights.shape[0]
+    dtype = compute_dtype(y)
+    y, weights, taps = y.to(dtype), weights.to(dtype), weights.shape[0]
     outputs = F.pad(y, (0, 0, taps, 0)) if past is None else torch.cat([past.to(dtype), y], dim=1)
-    error = y
-    for j in range(1, taps + 1):
-        error = torch.addcmul(error, outputs[:, taps - j : taps - j + l], weights[j - 1], value=-1)
-    return error.square().mean(dim=-1)
+    return _Innovation.apply(outputs, weights)
+
+
+class _Innovation(torch.autograd.Function):
+    """e_t = mean_d r_t^2, r_t = o_t - sum_j w_j o_{t-j}, for outputs o that begin `taps` early.
+
+    With s_t = (2 / d) g_t r_t for the gradient g of e: do_t = s_t - sum_j w_j s_{t+j} and
+    dw_j = -sum_t s_t . o_{t-j}. By hand because each shifted sum can then be added in place.
+    """
+
+    @staticmethod
+    def forward(ctx, outputs: Tensor, weights: Tensor) -> Tensor:
+        taps = weights.shape[0]
+        error = outputs[:, taps:].clone()
+        for j in range(1, taps + 1):
+            error.addcmul_(outputs[:, taps - j : -j], weights[j - 1], value=-1)
+        ctx.save_for_backward(outputs, weights, error)
+        return error.square().mean(dim=-1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        outputs, weights, error = ctx.saved_tensors
+        taps = weights.shape[0]
+        slope = error * (2.0 / error.shape[-1] * grad)[..., None]
+        grad_outputs = F.pad(slope, (0, 0, taps, 0))
+        for j in range(1, taps + 1):
+            grad_outputs[:, taps - j : -j].addcmul_(slope, weights[j - 1], value=-1)
+        if not ctx.needs_input_grad[1]:
+            return grad_outputs, None
+        lags = [-(slope * outputs[:, taps - j : -j]).sum() for j in range(1, taps + 1)]
+        return grad_outputs, torch.stack(lags)
 
 
 def running_top_k_cpu(
@@ -42,7 +70,7 @@ def running_top_k_cpu(
 @torch.library.custom_op("bmojo::running_top_k", mutates_args=(), device_types="cpu")
 def _running_top_k(scores: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
     index, valid = _empty_memories(scores, k, chunk)
-    wide = scores.detach().to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
+    wide = scores.detach().to(compute_dtype(scores)).contiguous()
     _insert_in_order()(wide.numpy(), chunk, index.numpy(), valid.numpy())
     return index, valid
 

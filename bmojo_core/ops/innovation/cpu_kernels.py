@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 
-@njit(cache=True, parallel=True)
+@njit(cache=True, nogil=True)
 def insert_in_order(scores, chunk, index, valid):
     """Write the memory before every chunk into zeroed ``index`` and ``valid``.
 
-    scores (b, l), index (b, c, k) int64, valid (b, c, k) bool; one row per thread.
+    scores (b, l), index (b, c, k) int64, valid (b, c, k) bool. One thread: 64 sequences of 256
+    tokens take about a millisecond, less than waking a second thread.
     """
     b, l = scores.shape
     k = index.shape[2]
-    for row in prange(b):
+    for row in range(b):
         position = np.zeros(k, np.int64)  # slots in order of position
         score = np.empty(k, scores.dtype)
         size = 0

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bmojo_core.ops._checks import compute_dtype
+
 
 def innovation_reference(
     y: Float[Tensor, "b l d"],
@@ -21,7 +23,7 @@ def innovation_reference(
     past: Float[Tensor, "b taps d"] | None,
 ) -> Float[Tensor, "b l"]:
     """Innovation by a loop over time; see ``bmojo_core.ops.innovation``."""
-    dtype = torch.promote_types(y.dtype, torch.float32)
+    dtype = compute_dtype(y)
     y, weights = y.to(dtype), weights.to(dtype)
     b, l, d = y.shape
     taps = weights.shape[0]

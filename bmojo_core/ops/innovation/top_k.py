@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Memory = tuple[Float[Tensor, "*n k"], Int[Tensor, "*n k"], Bool[Tensor, "*n k"]]
+Memory = tuple[Float[Tensor, "... k"], Int[Tensor, "... k"], Bool[Tensor, "... k"]]
 
 
-def top_k(scores: Float[Tensor, "*n l"], k: int) -> Memory:
+def top_k(scores: Float[Tensor, "... l"], k: int) -> Memory:
     """The memory of one stretch of tokens: its k largest scores, in order of position.
 
     Parameters
@@ -51,12 +51,12 @@ def top_k(scores: Float[Tensor, "*n l"], k: int) -> Memory:
 
 
 def merge_top_k(
-    scores_a: Float[Tensor, "*n ka"],
-    index_a: Int[Tensor, "*n ka"],
-    valid_a: Bool[Tensor, "*n ka"],
-    scores_b: Float[Tensor, "*n kb"],
-    index_b: Int[Tensor, "*n kb"],
-    valid_b: Bool[Tensor, "*n kb"],
+    scores_a: Float[Tensor, "... ka"],
+    index_a: Int[Tensor, "... ka"],
+    valid_a: Bool[Tensor, "... ka"],
+    scores_b: Float[Tensor, "... kb"],
+    index_b: Int[Tensor, "... kb"],
+    valid_b: Bool[Tensor, "... kb"],
     k: int,
 ) -> Memory:
     """The memory of stretch a followed by stretch b, from the memories of a and of b.

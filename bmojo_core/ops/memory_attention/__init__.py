@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bmojo_core.ops._checks import check_backend, check_rank
 from bmojo_core.ops.memory_attention.reference import memory_attention_reference
 
 __all__ = ["memory_attention"]
@@ -82,11 +83,10 @@ def memory_attention(
     Time and memory grow linearly with l for a finite window. Half-precision inputs are
     accumulated in float32. NaN is not looked for.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     _check_inputs(q, k, v, key_valid)
     _check_sizes(window, chunk)
     _check_memory(q, k, mem_k, mem_v, mem_valid, chunk)
+    check_backend(backend, BACKENDS, q.device)
     if mem_k is not None and mem_k.shape[2] == 0:
         mem_k = mem_v = mem_valid = None
     if scale is None:
@@ -112,19 +112,11 @@ def _backend(backend: str, q: Tensor):
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(
-                f"{name} must have four axes (b, length, heads, p); got shape {tuple(x.shape)}"
-            )
-        if x.numel() == 0:
-            raise ValueError(f"{name} must not be empty; got shape {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"{name} must be of a floating dtype; got {x.dtype}")
-    _check_like("k", k, "q", q)
-    _check_like("v", v, "q", q)
-    b, l, h, p = q.shape
-    length, g = k.shape[1:3]
+    b, l, h, p = check_rank("q", q, "b l h p")
+    _, length, g, _ = check_rank("k", k, "b r+l g p")
+    check_rank("v", v, "b r+l g p")
+    _check_like("k", k, q)
+    _check_like("v", v, q)
     if v.shape != k.shape:
         raise ValueError(f"v must have k's shape {tuple(k.shape)}; got {tuple(v.shape)}")
     if k.shape[0] != b or k.shape[3] != p:
@@ -163,8 +155,8 @@ def _check_memory(
         raise ValueError(
             f"mem_v must have mem_k's shape {tuple(mem_k.shape)}; got {tuple(mem_v.shape)}"
         )
-    _check_like("mem_k", mem_k, "q", q)
-    _check_like("mem_v", mem_v, "q", q)
+    _check_like("mem_k", mem_k, q)
+    _check_like("mem_v", mem_v, q)
     if mem_valid is not None:
         _check_mask("mem_valid", mem_valid, tuple(mem_k.shape[:3]), q)
 
@@ -178,11 +170,11 @@ def _check_sizes(window: int | None, chunk: int | None) -> None:
             raise ValueError(f"{name} must be None or an integer >= 1; got {size!r}")
 
 
-def _check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    if x.dtype != other.dtype:
-        raise ValueError(f"{name} must have {other_name}'s dtype {other.dtype}; got {x.dtype}")
-    if x.device != other.device:
-        raise ValueError(f"{name} must be on {other_name}'s device {other.device}; got {x.device}")
+def _check_like(name: str, x: Tensor, q: Tensor) -> None:
+    if x.dtype != q.dtype:
+        raise ValueError(f"{name} must have q's dtype {q.dtype}; got {x.dtype}")
+    if x.device != q.device:
+        raise ValueError(f"{name} must be on q's device {q.device}; got {x.device}")
 
 
 def _check_mask(name: str, mask: Tensor, shape: tuple[int, ...], q: Tensor) -> None:

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bmojo_core.ops._checks import compute_dtype
+
 SMALLEST_BLOCK = 64  # queries; shorter blocks pay more for copying their span than they save
 SPAN_MULTIPLE = 16  # keys
 LARGEST_BLOCK = 256  # longer ones compute ever more scores outside the window
@@ -41,7 +43,7 @@ def memory_attention_cpu(
     scale: float,
 ) -> Float[Tensor, "b l h p"]:
     """Blockwise attention; see ``bmojo_core.ops.memory_attention``."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = compute_dtype(q)
     l, length = q.shape[1], k.shape[1]
     window = length if window is None else min(window, length)
     queries, keys, values = q.to(dtype), k.to(dtype), v.to(dtype)

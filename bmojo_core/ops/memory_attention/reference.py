@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bmojo_core.ops._checks import compute_dtype
+
 
 def memory_attention_reference(
     q: Float[Tensor, "b l h p"],
@@ -26,7 +28,7 @@ def memory_attention_reference(
     scale: float,
 ) -> Float[Tensor, "b l h p"]:
     """Attention over the (l, r+l+m) table of scores; see ``bmojo_core.ops.memory_attention``."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = compute_dtype(q)
     b, l, h, _ = q.shape
     repeats = h // k.shape[2]
 
