@@ -33,8 +33,8 @@ from scipy.linalg import lapack, schur
 from realization.systems import Array
 
 EPS = float(np.finfo(np.float64).eps)
-# Relative perturbation of (A, B, C) that counts as rounding: 45 units in the last place.
-ROUNDING = 1e-14
+# Relative perturbation of (A, B, C) that counts as rounding: 18 units in the last place.
+ROUNDING = 4e-15
 # A split is kept while a rounding error turns the split space by less than about this angle.
 LARGEST_ANGLE = 1e-4
 
@@ -88,9 +88,41 @@ def decouple(A: Array) -> list[Block]:
         One block per real eigenvalue or complex pair; larger ones where eigenvalues (nearly)
         coincide.
     """
-    n = A.shape[0]
-    if n == 0:
+    if A.shape[0] == 0:
         return []
+    return _decouple_simple(A) or _decouple_by_schur(A)
+
+
+def _decouple_simple(A: Array) -> list[Block]:
+    """The blocks from eigenvectors, or [] unless every eigenvalue is well apart from the others."""
+    lam, V = np.linalg.eig(A)
+    try:
+        W = np.linalg.inv(V)
+    except np.linalg.LinAlgError:
+        return []
+    condition = np.linalg.norm(W, axis=1)  # of each eigenvalue, the columns of V being units
+    gap = np.abs(lam[:, None] - lam[None, :])
+    np.fill_diagonal(gap, np.inf)
+    turned = EPS * np.linalg.norm(A) * np.maximum(condition[:, None], condition[None, :])
+    if not (turned <= LARGEST_ANGLE * gap).all():
+        return []
+    blocks = []
+    for i in np.flatnonzero(lam.imag >= 0):
+        a, w = lam[i].real, lam[i].imag
+        if w == 0:
+            blocks.append(Block(np.array([[a]]), W[i : i + 1].real, V[:, i : i + 1].real, lam[[i]]))
+        else:
+            # A [Re v, Im v] = [Re v, Im v] [[a, w], [-w, a]]
+            right = np.stack([V[:, i].real, V[:, i].imag], axis=1)
+            left = np.stack([2 * W[i].real, -2 * W[i].imag])
+            poles = np.array([lam[i], lam[i].conj()])
+            blocks.append(Block(np.array([[a, w], [-w, a]]), left, right, poles))
+    return blocks
+
+
+def _decouple_by_schur(A: Array) -> list[Block]:
+    """The blocks from a real Schur form, for any spectrum (Bavely and Stewart)."""
+    n = A.shape[0]
     S, Q = schur(A)
     R = Q.copy(order="F")  # right basis: A R = R S with the finished blocks of S cut off
     lam = _quasi_triangular_eigenvalues(S)

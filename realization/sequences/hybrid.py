@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from realization.sequences.attention import AttentionWeights, attend, up_shift
 from realization.sequences.selective import MambaWeights, mamba_layer
@@ -84,7 +85,7 @@ class Fading:
         if self.chunk is not None and self.chunk < 1:
             raise ValueError(f"chunk must be at least 1, or None; got {self.chunk}")
 
-    def ages(self, phase: int, window: int) -> Array:
+    def ages(self, phase: int, window: int) -> NDArray[np.int64]:
         """Ages (m_f,) of the outputs shown at ``phase`` of a chunk; y_{t-1} has age 1."""
         newest = window if self.chunk is None else phase + 1
         return newest + self.stride * np.arange(self.tokens)
@@ -158,7 +159,7 @@ def fading_attention(weights: AttentionWeights, window: int, fading: Fading) -> 
         slope[cuts[1] - d - 1 : cuts[1] - 1, d:] = np.eye(d)
         return slope
 
-    def read(uy: Array, x: Array) -> tuple[Array, Array, Array]:
+    def read(uy: Array, x: Array) -> tuple[Array, Array, NDArray[np.int64]]:
         """Slots [window | token | fading], the fading outputs and their places in the line."""
         register, outputs, hand = np.split(x, cuts)
         register, outputs = register.reshape(past, block), outputs.reshape(line, d + 1)
