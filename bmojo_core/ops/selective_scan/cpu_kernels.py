@@ -155,6 +155,7 @@ def scan_backward(
         for k in range(n):
             for c in range(LANES):
                 rate[tile, k, c] = A[k, tile * LANES + c]
+    to_A = np.zeros((tiles, n, LANES), dtype)
     g = np.zeros((tiles, n, LANES), dtype)
     decays = np.empty((SPAN, n, LANES), dtype)
     states = np.empty((SPAN + 1, n, LANES), dtype)
@@ -162,6 +163,8 @@ def scan_backward(
     to_C = np.empty((SPAN, n, LANES), dtype)
     step = np.zeros((SPAN, LANES), dtype)
     value = np.zeros((SPAN, LANES), dtype)
+    drive = np.zeros((SPAN, LANES), dtype)
+    out = np.zeros((SPAN, LANES), dtype)
     h = np.zeros((SPAN, LANES), dtype)
     through_B = np.empty(LANES, dtype)
     through_decay = np.empty(LANES, dtype)
@@ -182,32 +185,54 @@ def scan_backward(
             for tile in range(tile0, tile1):
                 c0 = tile * LANES
                 width = min(LANES, d - c0)
-                states[0] = checkpoints[row, span, tile]
-                step[:] = 0
-                value[:] = 0
-                h[:] = 0
+                for k in range(n):
+                    for c in range(LANES):
+                        states[0, k, c] = checkpoints[row, span, tile, k, c]
+                if width < LANES:
+                    step[:] = 0
+                    value[:] = 0
+                    drive[:] = 0
+                    h[:] = 0
                 for i in range(length):
                     for c in range(width):
                         step[i, c] = delta[row, t0 + i, c0 + c]
                         value[i, c] = u[row, t0 + i, c0 + c]
+                        drive[i, c] = step[i, c] * value[i, c]
                         h[i, c] = dy[row, t0 + i, c0 + c]
-                    replay_step(
-                        step[i], value[i], rate[tile], B[row, t0 + i], C[row, t0 + i],
-                        states[i], states[i + 1], decays[i], through_B,
-                    )  # fmt: skip
-                    if gated:
+                        out[i, c] = D[c0 + c] * value[i, c]
+                for i in range(length):
+                    for k in range(n):
+                        in_gain, out_gain = B[row, t0 + i, k], C[row, t0 + i, k]
+                        for c in range(LANES):
+                            decay = exp2(step[i, c] * rate[tile, k, c])
+                            decays[i, k, c] = decay
+                            state = decay * states[i, k, c] + drive[i, c] * in_gain
+                            states[i + 1, k, c] = state
+                            out[i, c] += out_gain * state
+                if gated:
+                    for i in range(length):
                         for c in range(width):
                             v = z[row, t0 + i, c0 + c]
                             s = sigmoid(v)
-                            out = through_B[c] + D[c0 + c] * value[i, c]
-                            dz[row, t0 + i, c0 + c] = h[i, c] * out * s * (ONE + v * (ONE - s))
+                            slope = s * (ONE + v * (ONE - s))
+                            dz[row, t0 + i, c0 + c] = h[i, c] * out[i, c] * slope
                             h[i, c] *= v * s
                 for i in range(length - 1, -1, -1):
-                    reverse_step(
-                        step[i], value[i], h[i], rate[tile], B[row, t0 + i], C[row, t0 + i],
-                        states[i], states[i + 1], decays[i],
-                        g[tile], dA[piece, tile], to_B[i], to_C[i], through_B, through_decay,
-                    )  # fmt: skip
+                    for c in range(LANES):
+                        through_B[c] = 0
+                        through_decay[c] = 0
+                    for k in range(n):
+                        in_gain, out_gain = B[row, t0 + i, k], C[row, t0 + i, k]
+                        for c in range(LANES):
+                            g_t = g[tile, k, c] + out_gain * h[i, c]
+                            to_C[i, k, c] += h[i, c] * states[i + 1, k, c]
+                            to_B[i, k, c] += g_t * drive[i, c]
+                            through_B[c] += g_t * in_gain
+                            g_t *= decays[i, k, c]
+                            g[tile, k, c] = g_t
+                            q = g_t * states[i, k, c]
+                            through_decay[c] += q * rate[tile, k, c]
+                            to_A[tile, k, c] += q * step[i, c]
                     for c in range(width):
                         v, s = value[i, c], step[i, c]
                         du[row, t0 + i, c0 + c] = through_B[c] * s + D[c0 + c] * h[i, c]
@@ -215,53 +240,16 @@ def scan_backward(
                         dD[piece, c0 + c] += h[i, c] * v
             for i in range(length):
                 for k in range(n):
-                    dB[group, row, t0 + i, k] = total(to_B[i, k])
-                    dC[group, row, t0 + i, k] = total(to_C[i, k])
+                    a = to_B[i, k, 0]
+                    e = to_C[i, k, 0]
+                    for c in range(1, LANES):
+                        a += to_B[i, k, c]
+                        e += to_C[i, k, c]
+                    dB[group, row, t0 + i, k] = a
+                    dC[group, row, t0 + i, k] = e
         for tile in range(tile0, tile1):
             c0 = tile * LANES
             for k in range(n):
                 for c in range(min(LANES, d - c0)):
                     dx0[row, c0 + c, k] = g[tile, k, c]
-
-
-@njit(**OPTIONS)
-def replay_step(step, value, rate, B, C, before, after, decay, out):
-    """One step of the recurrence on a tile, keeping its decays and both states."""
-    for c in range(LANES):
-        out[c] = 0
-    for k in range(rate.shape[0]):
-        in_gain, out_gain = B[k], C[k]
-        for c in range(LANES):
-            decay[k, c] = exp2(step[c] * rate[k, c])
-            after[k, c] = decay[k, c] * before[k, c] + step[c] * value[c] * in_gain
-            out[c] += out_gain * after[k, c]
-
-
-@njit(**OPTIONS)
-def reverse_step(
-    step, value, h, rate, B, C, before, after, decay, g, dA, to_B, to_C, through_B, through_decay
-):
-    """One step of the recurrence on a tile, backwards: `g` becomes that of the state before."""
-    for c in range(LANES):
-        through_B[c] = 0
-        through_decay[c] = 0
-    for k in range(rate.shape[0]):
-        in_gain, out_gain = B[k], C[k]
-        for c in range(LANES):
-            g_t = g[k, c] + out_gain * h[c]
-            to_C[k, c] += h[c] * after[k, c]
-            to_B[k, c] += g_t * (step[c] * value[c])
-            through_B[c] += g_t * in_gain
-            g[k, c] = g_t * decay[k, c]
-            q = g[k, c] * before[k, c]
-            through_decay[c] += q * rate[k, c]
-            dA[k, c] += q * step[c]
-
-
-@njit(**OPTIONS)
-def total(lanes):
-    """Sum over the lanes of one vector."""
-    s = lanes[0]
-    for c in range(1, LANES):
-        s += lanes[c]
-    return s
+    dA[piece] = to_A
