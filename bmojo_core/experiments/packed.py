@@ -1,0 +1,230 @@
+"""Many small models on one device: the engine behind the sweeps.
+
+A model of a few hundred thousand parameters leaves a GPU idle while the host launches its kernels.
+Here one training step of each model is captured once as a CUDA graph and replayed on a stream of
+its own, so that dozens of runs share the device; on a CPU the same step runs plainly.
+
+A job is plain data (kind, sizes, task, recipe, seed); its result is one JSON record, and a job
+whose record exists is not run again.  Sweeps therefore resume, and can be cut into pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from bmojo_core.cache import BMojoCache
+from bmojo_core.config import BMojoConfig
+from bmojo_core.experiments.recall_data import RecallPool
+from bmojo_core.modeling import BMojoForCausalLM
+from bmojo_core.training import learning_rate, parameter_groups, provenance, write_json
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run.
+
+    Attributes
+    ----------
+    kind, sizes
+        Constructor of `BMojoConfig` and its keyword sizes.
+    task
+        ``seq_len``, ``pairs`` (the mixture trained on), ``filler``, ``vocab_size``.
+    steps, batch, lr
+        Optimiser steps, examples a step, peak learning rate (one for all parameters: these models
+        are far below the scale at which the paper's two rates differ).
+    seed
+        Of the weights and of the order of the examples.
+    """
+
+    kind: str
+    sizes: dict[str, Any]
+    task: dict[str, Any]
+    steps: int
+    batch: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.1
+    seed: int = 0
+    evaluate_every: int = 0
+    stop_at: float = 0.99
+    tags: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """A readable name, unique to the job's content."""
+        content = json.dumps(asdict(self), sort_keys=True).encode()
+        label = "-".join(str(v) for v in self.tags.values()) or self.kind
+        return f"{label}-{hashlib.sha256(content).hexdigest()[:10]}".replace("/", "_")
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    together: int = 16,
+    seconds: float = float("inf"),
+    say: Callable[[str], None] = print,
+) -> int:
+    """Run the jobs without a record in ``folder``, ``together`` at a time; returns how many ran.
+
+    No group is begun after ``seconds``, and jobs that a slow group leaves unfinished at one and a
+    half times that are dropped without a record: the next call runs them.
+    """
+    folder, begun, done = Path(folder), time.perf_counter(), 0
+    open_jobs = [job for job in jobs if not (folder / f"{job.name}.json").exists()]
+    pools: dict[str, RecallPool] = {}
+    while open_jobs and time.perf_counter() - begun < seconds:
+        group, open_jobs = open_jobs[:together], open_jobs[together:]
+        for job in group:
+            key = json.dumps(job.task, sort_keys=True)
+            if key not in pools:
+                pools[key] = RecallPool(**job.task, device=device)
+        runs = [_Running(job, pools[json.dumps(job.task, sort_keys=True)], device) for job in group]
+        _train_together(runs, begun + 1.5 * seconds)
+        for run in runs:
+            if run.finished:
+                write_json(folder / f"{run.job.name}.json", run.record())
+                say(run.summary())
+                done += 1
+    return done
+
+
+def _train_together(runs: list[_Running], deadline: float) -> None:
+    while active := [run for run in runs if not run.finished]:
+        if time.perf_counter() > deadline:
+            return
+        for run in active:
+            run.advance()
+
+
+class _Running:
+    """A job in progress: model, optimiser, captured step and evaluations so far."""
+
+    def __init__(self, job: Job, pool: RecallPool, device: str) -> None:
+        torch.manual_seed(job.seed)
+        self.job, self.pool, self.device = job, pool, torch.device(device)
+        self.config = getattr(BMojoConfig, job.kind)(vocab_size=pool.vocab_size, **job.sizes)
+        self.model = BMojoForCausalLM(self.config).to(self.device).train()
+        self.buffers = pool.buffers(job.batch)
+        self.choice = random.Random(job.seed)
+        self.generator = torch.Generator(self.device).manual_seed(job.seed)
+        self.lr = torch.zeros((), device=self.device)
+        groups = parameter_groups(self.model, job.lr, job.lr, job.weight_decay)
+        graphed = self.device.type == "cuda"
+        for group in groups:
+            group["lr"] = self.lr if graphed else 0.0
+        self.optimizer = torch.optim.AdamW(
+            groups, betas=(0.9, 0.95), fused=graphed or None, capturable=graphed
+        )
+        self.loss = torch.zeros((), device=self.device)
+        self.step, self.finished, self.evaluations, self.losses = 0, False, [], []
+        self.begun = time.perf_counter()
+        self.stream = torch.cuda.Stream() if graphed else None
+        self.replay = self._capture() if graphed else self._plain_step
+
+    def _plain_step(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        hidden = self.model.model(
+            self.buffers.ids.long(), use_cache=False, memory_scores=self.buffers.scores
+        ).last_hidden_state
+        at = self.buffers.positions.long()[..., None].expand(-1, -1, hidden.shape[-1])
+        logits = self.model.lm_head(hidden.gather(1, at))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), self.buffers.targets.long().flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.loss.copy_(loss.detach())
+
+    def _capture(self) -> Callable[[], None]:
+        """The step as a graph.  Warm-up steps run at rate zero and are then forgotten."""
+        self.pool.draw(self.buffers, self.choice, self.generator)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            for _ in range(3):
+                self._plain_step()
+        self.stream.synchronize()
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            self._plain_step()
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+        return graph.replay
+
+    def advance(self) -> None:
+        """One step; evaluation and early stop where they are due."""
+        self.step += 1
+        rate = learning_rate(
+            self.step, self.job.steps, self.job.lr, round(self.job.warmup * self.job.steps), 1e-5
+        )
+        if self.stream is None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.pool.draw(self.buffers, self.choice, self.generator)
+            self.replay()
+        else:
+            with torch.cuda.stream(self.stream):
+                self.lr.fill_(rate)
+                self.pool.draw(self.buffers, self.choice, self.generator)
+                self.replay()
+        every = self.job.evaluate_every or self.job.steps
+        if self.step % every == 0 or self.step == self.job.steps:
+            self._evaluate()
+        elif self.step % 64 == 0 and self.stream is not None:
+            self.stream.synchronize()  # bounds the queue
+
+    def _evaluate(self) -> None:
+        if self.stream is not None:
+            self.stream.synchronize()
+        self.model.eval()
+        accuracy = self.pool.evaluate(self.model)
+        self.model.train()
+        loss = float(self.loss)
+        self.evaluations.append({"step": self.step, "loss": loss, "accuracy": accuracy})
+        solved = min(accuracy.values()) >= self.job.stop_at
+        self.finished = solved or loss != loss or self.step >= self.job.steps
+
+    def record(self) -> dict[str, Any]:
+        """What the run was and what came of it."""
+        return {
+            "job": asdict(self.job),
+            "parameters": self.config.parameter_count,
+            "state_bytes": state_bytes(self.config),
+            "evaluations": self.evaluations,
+            "accuracy": self.evaluations[-1]["accuracy"],
+            "seconds": round(time.perf_counter() - self.begun, 1),
+            **provenance(),
+        }
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        last = self.evaluations[-1]
+        scores = " ".join(f"{n}:{a:.3f}" for n, a in last["accuracy"].items())
+        return f"{self.job.name}  step {last['step']}  loss {last['loss']:.3f}  accuracy {scores}"
+
+
+def state_bytes(config: BMojoConfig, tokens: int = 1) -> int:
+    """Bytes that one row carries in float32 after ``tokens`` tokens (grows only for attention)."""
+    model = BMojoForCausalLM(config).eval()
+    with torch.no_grad():
+        cache: BMojoCache = model(
+            torch.zeros(1, tokens, dtype=torch.long), use_cache=True
+        ).past_key_values
+    return cache.nbytes
+
+
+def load_records(folder: str | Path) -> list[dict[str, Any]]:
+    """All records of a sweep, by name."""
+    return [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
