@@ -20,6 +20,7 @@ f          phase: how many tokens of its chunk a row has already read
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,17 @@ class BMojoState(NamedTuple):
     window: Register
     memory: EideticState
     tail: Float[Tensor, "b k d"]  # inputs of the key convolution (k = 0 without one)
+
+
+class Watched(NamedTuple):
+    """What an inspector may see of one reading: queries, keys, scores, memory of every chunk."""
+
+    q: Float[Tensor, "b l h p"]
+    k: Float[Tensor, "b l g p"]
+    score: Float[Tensor, "b l"]
+    memory: Memory
+    window: int
+    chunk: int
 
 
 class BMojo(nn.Module):
@@ -105,6 +117,7 @@ class MemoryAttention(nn.Module):
         d = config.hidden_size
         self.projections = Projections(config)
         self.has_memory = config.num_fading_tokens + config.num_eidetic_tokens > 0
+        self.watchers: list[Callable[[Watched], None]] = []  # see every reading from the start
         if config.num_fading_tokens and config.normalize_fading:
             self.fading_norm = nn.RMSNorm(d, eps=config.norm_eps)
         if self.has_memory and config.memory_projections == "separate":
@@ -228,6 +241,8 @@ class MemoryAttention(nn.Module):
         phase = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
         fading = self.fading(y, carried.outputs, None, chunks, phase)
         memory, after = self.memories(fading, recalled)
+        for watcher in self.watchers:
+            watcher(Watched(q, k, stream.score, memory, c.window, length))
         heads = self._attend(q, k, v, memory, length)
         if not keep_state:
             return heads, None, None, None
