@@ -29,8 +29,8 @@ from realization.decoupling import (
     ROUNDING,
     Block,
     IllConditionedWarning,
-    complement_first,
     decouple,
+    orthogonal_split,
     unreachable_rows,
 )
 from realization.reduction import balancing_projection, gramian_factor, require_stable
@@ -122,7 +122,7 @@ def observable_form(sys: StateSpace) -> tuple[StateSpace, Array]:
 def _controllable(sys: StateSpace, property_name: str, port: str) -> tuple[StateSpace, Array]:
     """Luenberger's form: T = [q_i A^k], with q_i A^k b_j = 1 only for j = i, k = mu_i - 1."""
     n = sys.n
-    lost = len(unreachable_rows(decouple(sys.A), sys.A, sys.B, ROUNDING)) if n else 0
+    lost = len(_unreachable(sys)) if n else 0
     if n == 0 or lost:
         raise ValueError(
             f"sys must be {property_name} with n >= 1: {lost} of {n} modes see no {port}; "
@@ -149,6 +149,11 @@ def _controllable(sys: StateSpace, property_name: str, port: str) -> tuple[State
     T = np.array(rows)
     form = _companion_structure(T, H, V.T @ sys.B, sys.C @ V, structure, chains)
     return StateSpace(*form, sys.D), T @ V.T
+
+
+def _unreachable(sys: StateSpace) -> Array:
+    """Rows that no input reaches, shape (unreachable, n)."""
+    return np.vstack(unreachable_rows(decouple(sys.A), sys.A, sys.B, ROUNDING))
 
 
 def _companion_structure(
@@ -322,8 +327,7 @@ def staircase_form(sys: StateSpace) -> tuple[StateSpace, Array]:
     n = sys.n
     if n == 0:
         return sys, np.eye(0)
-    lost = unreachable_rows(decouple(sys.A), sys.A, sys.B, ROUNDING)
-    T, reached = complement_first(lost, n)
+    T, reached = orthogonal_split(sys.A, _unreachable(sys))
     A, B = T @ sys.A @ T.T, T @ sys.B
     A[reached:, :reached] = 0.0
     B[reached:] = 0.0

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack, schur
+from scipy.linalg import lapack, schur, solve_sylvester
 
 from realization.systems import Array
 
@@ -68,6 +68,10 @@ class Block:
     def size(self) -> int:
         """Number of states k."""
         return self.A.shape[0]
+
+    def dual(self) -> Block:
+        """The same poles in A^T, with left basis V^T; `A` stays, only its sep is ever used."""
+        return Block(self.A, self.V.T, self.L.T, self.poles)
 
     @property
     def is_complex(self) -> bool:
@@ -198,7 +202,7 @@ def _bring_forward(
 # --- which modes an input reaches -----------------------------------------------------------------
 
 
-def unreachable_rows(blocks: list[Block], A: Array, B: Array, tol: float) -> Array:
+def unreachable_rows(blocks: list[Block], A: Array, B: Array, tol: float) -> list[Array]:
     """Rows w that no input reaches: a left-invariant space of A, orthogonal to B.
 
     Parameters
@@ -212,24 +216,25 @@ def unreachable_rows(blocks: list[Block], A: Array, B: Array, tol: float) -> Arr
 
     Returns
     -------
-    ndarray, shape (unreachable, n)
-        A basis; orthonormal within each block.
+    list of ndarray, shape (unreachable in this block, n)
+        For each block an orthonormal basis of its share.
     """
-    n = A.shape[0]
+    if not blocks:
+        return []
     noise = _reachability_noise(blocks, A, B)
-    rows = [np.zeros((0, n))]
+    rows: dict[int, Array] = {}
     # One real eigenvalue, or one complex pair, is reached as a whole or not at all.
     for k in (1, 2):
         simple = [i for i, b in enumerate(blocks) if b.size == k and (k == 1 or b.is_complex)]
         if simple:
             L = np.stack([blocks[i].L.T for i in simple])
             U = np.linalg.qr(L)[0].transpose(0, 2, 1) if k > 1 else _unit_rows(L)
-            coupling = np.linalg.norm(U @ B, axis=(1, 2))
-            rows.append(U[coupling <= tol * noise[simple]].reshape(-1, n))
-    for block, level in zip(blocks, noise):
-        if block.size > 2 or (block.size == 2 and not block.is_complex):
-            rows.append(_unreachable_within(block, A, B, level, tol))
-    return np.vstack(rows)
+            lost = np.linalg.norm(U @ B, axis=(1, 2)) <= tol * noise[simple]
+            rows.update((i, U[c] if lost[c] else U[c, :0]) for c, i in enumerate(simple))
+    for i, block in enumerate(blocks):
+        if i not in rows:
+            rows[i] = _unreachable_within(block, A, B, noise[i], tol)
+    return [rows[i] for i in range(len(blocks))]
 
 
 def _unit_rows(L: Array) -> Array:
@@ -300,7 +305,37 @@ def _unreachable_within(block: Block, A: Array, B: Array, noise: float, tol: flo
     return U[reached:]
 
 
-def complement_first(rows: Array, n: int) -> tuple[Array, int]:
-    """Orthogonal T whose last rows span `rows` and whose first span what is orthogonal to them."""
-    Q = np.linalg.qr(rows.T, mode="complete")[0] if len(rows) else np.eye(n)
-    return np.vstack([Q[:, len(rows) :].T, Q[:, : len(rows)].T]), n - len(rows)
+def orthogonal_split(A: Array, rows: Array) -> tuple[Array, int]:
+    """Orthogonal T whose last rows span the left-invariant `rows`: T A T^T = [A_r *; 0 A_u].
+
+    Rows that are nearly parallel leave their span with more than rounding errors; one Newton step
+    for the invariant space, [Y I] with Y A_r - A_u Y = -(the block that should be zero), removes
+    them (Stewart, SIAM Review 15, 1973).
+
+    Parameters
+    ----------
+    A : ndarray, shape (n, n)
+    rows : ndarray, shape (u, n)
+        Linearly independent, rows A = (some matrix) rows.
+
+    Returns
+    -------
+    T : ndarray, shape (n, n)
+    r : int
+        n - u, the size of A_r.
+    """
+    if not len(rows):
+        return np.eye(len(A)), len(A)
+    T, r = _complement_first(rows)
+    H = T @ A @ T.T
+    if r > 0 and np.linalg.norm(H[r:, :r]) > 1e3 * EPS * np.linalg.norm(A):
+        Y = solve_sylvester(-H[r:, r:], H[:r, :r], -H[r:, :r])
+        T, r = _complement_first(T[r:] + Y @ T[:r])
+    return T, r
+
+
+def _complement_first(rows: Array) -> tuple[Array, int]:
+    """Orthogonal T whose last rows span `rows`, and how many rows come before them."""
+    count, n = rows.shape
+    Q = np.linalg.qr(rows.T, mode="complete")[0]
+    return np.vstack([Q[:, count:].T, Q[:, :count].T]), n - count

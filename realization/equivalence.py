@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from realization.decoupling import ROUNDING, Block, complement_first, decouple, unreachable_rows
+from realization.decoupling import ROUNDING, Block, decouple, orthogonal_split, unreachable_rows
 from realization.systems import Array, StateSpace, reachability_matrix
 
 
@@ -49,20 +49,38 @@ def minimal(sys: StateSpace, tol: float | None = None) -> StateSpace:
     tol = ROUNDING if tol is None else float(tol)
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}")
-    # What no output sees is what no input reaches in the transposed system.
-    return _reached_part(_reached_part(sys, tol).dual(), tol).dual()
+    A = sys.A
+    blocks = decouple(A)
+    # What no output sees is what no input reaches in the transposed system. Both decisions are
+    # taken here, where A, B, C still have nothing but rounding errors.
+    unreached = unreachable_rows(blocks, A, sys.B, tol)
+    unseen = unreachable_rows([b.dual() for b in blocks], A.T, sys.C.T, tol)
+    unseen = [_orthogonal_to(hidden, lost) for hidden, lost in zip(unseen, unreached)]
+    if any(map(len, unreached)):
+        T, r = orthogonal_split(A, np.vstack(unreached))
+        sys = _keep(sys, T[:r])
+        unseen = [hidden @ T[:r].T for hidden in unseen]
+    if any(map(len, unseen)):
+        T, r = orthogonal_split(sys.A.T, np.vstack(unseen))
+        sys = _keep(sys, T[:r])
+    return sys
 
 
-def _reached_part(sys: StateSpace, tol: float) -> StateSpace:
-    """The system on the states that inputs reach."""
-    if sys.n == 0:
-        return sys
-    lost = unreachable_rows(decouple(sys.A), sys.A, sys.B, tol)
-    if not len(lost):
-        return sys
-    # An orthogonal projection keeps the rounding errors where the next decision expects them.
-    T, r = complement_first(lost, sys.n)
-    return StateSpace(T[:r] @ sys.A @ T[:r].T, T[:r] @ sys.B, sys.C @ T[:r].T, sys.D)
+def _orthogonal_to(hidden: Array, lost: Array) -> Array:
+    """The part of the row space of `hidden` that is orthogonal to `lost`, both of one block.
+
+    Directions that are neither seen nor reached go with the unreached ones.
+    """
+    if not len(hidden) or not len(lost):
+        return hidden
+    U, s, _ = np.linalg.svd(hidden @ lost.T)
+    rank = int((s > 1e-8).sum())
+    return U[:, rank:].T @ hidden
+
+
+def _keep(sys: StateSpace, rows: Array) -> StateSpace:
+    """The system on the space of some orthonormal rows."""
+    return StateSpace(rows @ sys.A @ rows.T, rows @ sys.B, sys.C @ rows.T, sys.D)
 
 
 def similarity(sys1: StateSpace, sys2: StateSpace, tol: float = 1e-8) -> Array:
