@@ -1,0 +1,158 @@
+"""What each layer remembered, and why.
+
+`memory_trace` reads a sequence once and returns, for every B'MOJO layer, the score of each token
+(its innovation, or whatever the policy measures), the positions that the eidetic memory held while
+each chunk was read, and how each query divided its attention between window, fading and eidetic
+tokens.
+
+Symbols
+-------
+b, l    batch, length              n, c     chunks, tokens a chunk
+m_f, m_e  fading and eidetic tokens  h      heads
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bmojo_core.layers.bmojo import MemoryAttention, Watched
+from bmojo_core.modeling import BMojoForCausalLM
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """One layer's memory while a sequence was read.
+
+    Attributes
+    ----------
+    layer
+        Index of the sublayer in the stack.
+    score
+        Score of every token (b, l): with the paper's policy, its innovation.
+    position, valid
+        Positions held in eidetic memory during each chunk (b, n, m_e), and which places are filled.
+    mass
+        Share of each query's attention, mean over heads (b, l, 3): window, fading, eidetic.
+    chunk, window
+        Tokens a chunk, and inputs a query sees directly.
+    """
+
+    layer: int
+    score: Float[Tensor, "b l"]
+    position: Int[Tensor, "b n e"]
+    valid: Bool[Tensor, "b n e"]
+    mass: Float[Tensor, "b l 3"]
+    chunk: int
+    window: int
+
+    def remembered(self, row: int = 0, chunk: int = -1) -> list[int]:
+        """Positions in memory while ``chunk`` was read, oldest first."""
+        return self.position[row, chunk][self.valid[row, chunk]].tolist()
+
+    def stored(self, row: int = 0) -> list[int]:
+        """Every position that was in memory during some chunk, oldest first."""
+        return sorted(set(self.position[row][self.valid[row]].tolist()))
+
+    def evicted(self, row: int = 0) -> list[tuple[int, int]]:
+        """(position, chunk at whose beginning it had been given up), in order of chunk."""
+        gone, before = [], set()
+        for n in range(self.position.shape[1]):
+            now = set(self.remembered(row, n))
+            gone += [(position, n) for position in sorted(before - now)]
+            before = now
+        return gone
+
+
+@torch.no_grad()
+def memory_trace(
+    model: BMojoForCausalLM,
+    input_ids: Int[Tensor, "b l"],
+    memory_scores: Float[Tensor, "b l"] | None = None,
+) -> list[LayerTrace]:
+    """Read a batch and say what every B'MOJO layer stored, when, and who attended to it.
+
+    Parameters
+    ----------
+    model
+        A model with at least one ``bmojo`` sublayer.
+    input_ids
+        Token ids (b, l), without padding.
+    memory_scores
+        For ``selection="oracle"``.
+
+    Raises
+    ------
+    ValueError
+        When the model has no B'MOJO layer.
+    """
+    layers = {
+        index: layer.attention
+        for index, layer in enumerate(model.model.layers)
+        if isinstance(getattr(layer, "attention", None), MemoryAttention)
+    }
+    if not layers:
+        raise ValueError(f"the model has no 'bmojo' sublayer: {set(model.config.layer_types)}")
+    with _watching(layers) as seen:
+        model.model(input_ids, use_cache=False, memory_scores=memory_scores)
+    fading = model.config.num_fading_tokens
+    return [_layer_trace(index, seen[index], fading) for index in layers]
+
+
+@contextmanager
+def _watching(layers: dict[int, MemoryAttention]) -> Iterator[dict[int, Watched]]:
+    seen: dict[int, Watched] = {}
+    for index, layer in layers.items():
+        layer.watchers.append(lambda watched, index=index: seen.__setitem__(index, watched))
+    try:
+        yield seen
+    finally:
+        for layer in layers.values():
+            layer.watchers.pop()
+
+
+def _layer_trace(layer: int, seen: Watched, fading: int) -> LayerTrace:
+    eidetic = slice(fading, None)
+    return LayerTrace(
+        layer, seen.score, seen.memory.position[:, :, eidetic], seen.memory.valid[:, :, eidetic],
+        attention_mass(seen, fading), seen.chunk, seen.window,
+    )  # fmt: skip
+
+
+def attention_mass(seen: Watched, fading: int) -> Float[Tensor, "b l 3"]:
+    """Share of attention on window, fading and eidetic tokens, query by query.
+
+    One block of queries at a time, each against the keys of its window: linear in l.
+    """
+    l = seen.q.shape[1]
+    starts = range(0, l, seen.chunk)
+    return torch.cat([_mass_of(seen, fading, s, min(s + seen.chunk, l)) for s in starts], 1)
+
+
+def _mass_of(seen: Watched, fading: int, start: int, stop: int) -> Float[Tensor, "b q 3"]:
+    h, g = seen.q.shape[2], seen.k.shape[2]
+    first = max(0, start - seen.window + 1)
+    q = seen.q[:, start:stop].float() * seen.q.shape[-1] ** -0.5
+    window = seen.k[:, first:stop].repeat_interleave(h // g, 2).float()
+    n = start // seen.chunk
+    memory = seen.memory.k[:, n].repeat_interleave(h // g, 2).float()
+    query = torch.arange(start, stop, device=q.device)[:, None]
+    key = torch.arange(first, stop, device=q.device)
+    visible = (key <= query) & (key > query - seen.window)
+    logits = torch.cat(
+        [
+            torch.einsum("bqhp,bkhp->bhqk", q, window).masked_fill(~visible, -torch.inf),
+            torch.einsum("bqhp,bmhp->bhqm", q, memory).masked_fill(
+                ~seen.memory.valid[:, n, None, None], -torch.inf
+            ),
+        ],
+        -1,
+    )
+    weight = logits.softmax(-1).mean(1)  # (b, q, keys)
+    sizes = (stop - first, fading, memory.shape[1] - fading)
+    return torch.stack([part.sum(-1) for part in weight.split(sizes, -1)], -1)
