@@ -2,7 +2,8 @@
 
 jaxtyping's import hook wraps each function of a module as it is imported. Two exceptions:
 
-- a module that imports numba or triton is left alone, for those compilers read the bare function;
+- a module that imports numba or triton, or registers an operator with torch, is left alone, for
+  those compilers read the bare function;
 - inside `with pytest.raises(...)` the check is silent, for there the library
   itself has to refuse the input.
 """
@@ -18,7 +19,9 @@ from beartype import BeartypeConf, beartype
 
 PACKAGES = ("realization", "bmojo_core")
 
-_COMPILER = re.compile(r"^\s*(?:import|from)\s+(?:numba|triton)\b", re.MULTILINE)
+_COMPILER = re.compile(
+    r"^\s*(?:import|from)\s+(?:numba|triton)\b|^@torch\.library\.custom_op", re.MULTILINE
+)
 
 # PEP 484: where a float is asked for, an int will do.
 check = beartype(conf=BeartypeConf(is_pep484_tower=True))
