@@ -135,8 +135,8 @@ def forward(
         scale2, True, HAS_VALID, P, P_PAD, COLUMNS, PRECISION,
     )  # fmt: skip
     for t0 in range(0, m, COLUMNS):
-        mem_k = mem_k_ + batch * mk_b + c * mk_c + g * mk_h
-        mem_v = mem_v_ + batch * mv_b + c * mv_c + g * mv_h
+        mem_k = mem_k_ + batch * mk_b + c.to(tl.int64) * mk_c + g * mk_h
+        mem_v = mem_v_ + batch * mv_b + c.to(tl.int64) * mv_c + g * mv_h
         t = t0 + tl.arange(0, COLUMNS)
         known = t < m
         if HAS_MEM_VALID:
@@ -241,8 +241,8 @@ def query_gradients(
         scale2, True, HAS_VALID, P, P_PAD, COLUMNS, PRECISION,
     )  # fmt: skip
     for t0 in range(0, m, COLUMNS):
-        mem_k = mem_k_ + batch * mk_b + c * mk_c + g * mk_h
-        mem_v = mem_v_ + batch * mv_b + c * mv_c + g * mv_h
+        mem_k = mem_k_ + batch * mk_b + c.to(tl.int64) * mk_c + g * mk_h
+        mem_v = mem_v_ + batch * mv_b + c.to(tl.int64) * mv_c + g * mv_h
         t = t0 + tl.arange(0, COLUMNS)
         known = t < m
         if HAS_MEM_VALID:
@@ -353,8 +353,8 @@ def memory_gradients(
     c, t0 = block // per_chunk, block % per_chunk * ROWS
     chunks = tl.num_programs(0) // per_chunk
     t = t0 + tl.arange(0, ROWS)
-    k = _tile(mem_k_ + batch * mk_b + c * mk_c + g * mk_h, t0, m, mk_m, P, P_PAD, ROWS)
-    v = _tile(mem_v_ + batch * mv_b + c * mv_c + g * mv_h, t0, m, mv_m, P, P_PAD, ROWS)
+    k = _tile(mem_k_ + batch * mk_b + c.to(tl.int64) * mk_c + g * mk_h, t0, m, mk_m, P, P_PAD, ROWS)
+    v = _tile(mem_v_ + batch * mv_b + c.to(tl.int64) * mv_c + g * mv_h, t0, m, mv_m, P, P_PAD, ROWS)
     keep = t < m
     if HAS_MEM_VALID:
         keep = tl.load(mem_valid_ + (batch * chunks + c) * m + t, mask=t < m, other=0) != 0
@@ -370,6 +370,6 @@ def memory_gradients(
             k, v, q_base, do_base, q_l, do_l, logsum, dot, keep, t * 0, l, first, last, l,
             2 * l + 1, dk, dv, scale2, True, P, P_PAD, COLUMNS, PRECISION,
         )  # fmt: skip
-    at = batch * dm_b + c * dm_c + g * dm_h
+    at = batch * dm_b + c.to(tl.int64) * dm_c + g * dm_h
     _store_tile(dmem_k_ + at, dk * scale, t0, m, dm_m, P, P_PAD, ROWS)
     _store_tile(dmem_v_ + at, dv, t0, m, dm_m, P, P_PAD, ROWS)
