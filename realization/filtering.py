@@ -41,6 +41,7 @@ from realization.gains import (
 )
 from realization.models import (
     InnovationModel,
+    Mask,
     StochasticModel,
     checked_inputs,
     state_covariance,
@@ -344,7 +345,7 @@ def _plan(
     model: StochasticModel,
     y: Array,
     u: Array | None,
-    seen: Array,
+    seen: Mask,
     x0: ArrayLike | str | None,
     P0: ArrayLike | None,
 ) -> tuple[list[Stretch], Array, Array, float]:
@@ -372,7 +373,7 @@ def _plan(
 
 
 def _diffuse_start(
-    step: Step, model: StochasticModel, y: Array, u: Array | None, seen: Array
+    step: Step, model: StochasticModel, y: Array, u: Array | None, seen: Mask
 ) -> tuple[list[Stretch], Array, Array, float]:
     """Run from a fixed x_0 until the outputs determine it, then continue from its posterior."""
     n = model.n
@@ -449,7 +450,7 @@ def _assemble(
 
 def _checked_data(
     model: StochasticModel, y: ArrayLike, u: ArrayLike | None
-) -> tuple[Array, Array | None, Array]:
+) -> tuple[Array, Array | None, Mask]:
     y = np.array(y, dtype=np.float64)
     if y.ndim != 2 or y.shape[0] < 1 or y.shape[1] != model.p:
         raise ValueError(f"y must have shape (T >= 1, p={model.p}), got {y.shape}")

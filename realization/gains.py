@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from realization.models import StochasticModel, covariance_factor
+from realization.models import Mask, StochasticModel, covariance_factor
 from realization.systems import Array
 
 CONVERGED = 1e-14  # what P_t may still move, relative to |P| + |Q|, when a stretch starts
@@ -43,10 +43,10 @@ class Stretch:
     count: int
 
 
-Step = Callable[[StochasticModel, Array, Array], tuple[Array, Array, Array]]
+Step = Callable[[StochasticModel, Array, Mask], tuple[Array, Array, Array]]
 
 
-def riccati_step(model: StochasticModel, P: Array, seen: Array) -> tuple[Array, Array, Array]:
+def riccati_step(model: StochasticModel, P: Array, seen: Mask) -> tuple[Array, Array, Array]:
     """(K, W, P_{t+1}) from P_t, with only the outputs `seen` (p,) bool observed.
 
     P_{t+1} is computed in Joseph's form (A - K C) P (A - K C)' + [I -K] [Q S; S' R] [I -K]', a sum
@@ -63,7 +63,7 @@ def riccati_step(model: StochasticModel, P: Array, seen: Array) -> tuple[Array, 
 
 
 def square_root_step(
-    model: StochasticModel, P_root: Array, seen: Array
+    model: StochasticModel, P_root: Array, seen: Mask
 ) -> tuple[Array, Array, Array]:
     """(K, W, P_{t+1}^{1/2}) from P_t^{1/2}, by one orthogonal triangularization.
 
@@ -92,7 +92,7 @@ def inverse_lower(L: Array) -> Array:
     return scipy.linalg.lapack.dtrtri(L, lower=1)[0]
 
 
-def _scatter(M: Array, seen: Array) -> Array:
+def _scatter(M: Array, seen: Mask) -> Array:
     """Columns of M put where `seen` is true, zeros elsewhere."""
     if seen.all():
         return M
@@ -102,15 +102,16 @@ def _scatter(M: Array, seen: Array) -> Array:
 
 
 def gain_schedule(
-    step: Step, model: StochasticModel, P: Array, seen: Array, start: int = 0
+    step: Step, model: StochasticModel, P: Array, seen: Mask, start: int = 0
 ) -> tuple[list[Stretch], Array]:
     """Stretches that cover start .. T-1, and the covariance after the last step."""
     T = len(seen)
     rooted = step is square_root_step
     carried = covariance_factor(P) if rooted else P
     # Runs of one pattern of missing entries; inside a run the covariance converges.
-    edges = 1 + start + np.flatnonzero((seen[start + 1 :] != seen[start:-1]).any(axis=1))
-    stretches, scale_Q = [], np.linalg.norm(model.Q)
+    changes = (seen[start + 1 :] != seen[start:-1]).any(axis=1)
+    edges = (1 + start + np.flatnonzero(changes)).tolist()
+    stretches, scale_Q = [], float(np.linalg.norm(model.Q))
     for first, last in zip([start, *edges], [*edges, T]):
         t, moved_before = first, np.inf
         while t < last:

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import scipy.linalg
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from realization.systems import (
     Array,
@@ -40,6 +40,8 @@ from realization.systems import (
     positive_integer,
     reachability_matrix,
 )
+
+Mask = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False, repr=False)

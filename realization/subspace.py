@@ -35,7 +35,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from realization.systems import Array, as_real_array, positive_integer
 
@@ -127,7 +127,7 @@ def hankel_gram(z: Array, depth: int) -> Array:
     return G.transpose(0, 2, 1, 3).reshape(depth * q, depth * q)
 
 
-def _row_order(i: int, m: int, p: int) -> Array:
+def _row_order(i: int, m: int, p: int) -> NDArray[np.int64]:
     """Indices of [U_f; U_p; Y_p; Y_f] in rows ordered by time, and by channel within a time."""
     index = np.arange(2 * i * (m + p)).reshape(2 * i, m + p)
     blocks = (index[i:, :m], index[:i, :m], index[:i, m:], index[i:, m:])
