@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from bmojo_core.modeling import BMojoForCausalLM
 from bmojo_core.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
