@@ -67,7 +67,12 @@ def running_top_k_cpu(
     return torch.ops.bmojo.running_top_k(scores, k, chunk)
 
 
-@torch.library.custom_op("bmojo::running_top_k", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "bmojo::running_top_k",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor scores, int k, int chunk) -> (Tensor, Tensor)",
+)
 def _running_top_k(scores: Tensor, k: int, chunk: int) -> tuple[Tensor, Tensor]:
     index, valid = _empty_memories(scores, k, chunk)
     wide = scores.detach().to(compute_dtype(scores)).contiguous()

@@ -28,7 +28,7 @@ from bmojo_core.ops import _nvrtc
 from bmojo_core.ops.innovation.cpu import innovation_cpu
 from bmojo_core.ops.innovation.top_k import running_top_k_parallel
 
-TILE, ERROR_THREADS, SELECT_THREADS = 32, 128, 512  # as in the source
+TILE, ERROR_THREADS, SELECT_THREADS = 16, 128, 512  # as in the source
 MOST_TAPS = 32
 MOST_READS = 2**33  # scores that the selection may read in all
 ELEMENT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}

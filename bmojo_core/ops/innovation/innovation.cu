@@ -15,7 +15,7 @@ struct Params {
   int b, l, d, k, chunk, chunks;
 };
 
-constexpr int TILE = 32;  // steps a block takes: one for each lane of a warp at the end
+constexpr int TILE = 16;  // steps a block takes: one for each lane of half a warp at the end
 constexpr int ERROR_THREADS = 128;
 constexpr int SELECT_THREADS = 512;
 constexpr int SELECT_WARPS = SELECT_THREADS / 32;
@@ -34,7 +34,7 @@ __device__ __forceinline__ Raw load(const Params& p, int batch, int t, int chann
   return from ? *reinterpret_cast<const Raw*>(from + channel) : Raw{};
 }
 
-extern "C" __global__ void __launch_bounds__(ERROR_THREADS) squared_error(const Params p) {
+extern "C" __global__ void __launch_bounds__(ERROR_THREADS, 4) squared_error(const Params p) {
   int tiles = (p.l + TILE - 1) / TILE;
   int batch = blockIdx.x / tiles, t0 = blockIdx.x % tiles * TILE;
   float w[TAPS], error[TILE] = {};
@@ -67,19 +67,22 @@ extern "C" __global__ void __launch_bounds__(ERROR_THREADS) squared_error(const 
   // lane i ends with the warp's sum of step i: each exchange halves what a lane still carries
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll
-  for (int half = TILE / 2; half >= 1; half /= 2) {
+  for (int round = 1; round <= 4; ++round) {
+    const int half = TILE >> round;
     bool upper = lane & half;
 #pragma unroll
-    for (int i = 0; i < half; ++i) {
+    for (int i = 0; i < TILE / 2; ++i) {
+      if (i >= half) break;
       float give = upper ? error[i] : error[i + half];
       float keep = upper ? error[i + half] : error[i];
       error[i] = keep + __shfl_xor_sync(ALL, give, half);
     }
   }
+  error[0] += __shfl_xor_sync(ALL, error[0], TILE);
   __shared__ float sums[ERROR_THREADS / 32][TILE];
-  sums[warp][lane] = error[0];
+  if (lane < TILE) sums[warp][lane] = error[0];
   __syncthreads();
-  if (warp == 0 && t0 + lane < p.l) {
+  if (warp == 0 && lane < TILE && t0 + lane < p.l) {
     float sum = 0.f;
 #pragma unroll
     for (int i = 0; i < ERROR_THREADS / 32; ++i) sum += sums[i][lane];

@@ -117,10 +117,10 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, key_valid: Tensor | None) -> 
     check_rank("v", v, "b r+l g p")
     _check_like("k", k, q)
     _check_like("v", v, q)
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}; got {tuple(v.shape)}")
     if k.shape[0] != b or k.shape[3] != p:
         raise ValueError(f"k must have shape ({b}, r + {l}, g, {p}); got {tuple(k.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}; got {tuple(v.shape)}")
     if length < l:
         raise ValueError(f"k must hold at least as many keys as q has queries, {l}; got {length}")
     if h % g != 0:
