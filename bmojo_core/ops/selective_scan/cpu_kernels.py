@@ -11,8 +11,9 @@ and h_t that by the ungated output:
     d(delta_t u_t) = sum_n g_t B_t   dA = sum_t q_t delta_t      with q_t = g_t a_t x_{t-1}
     d delta_t = u_t sum_n g_t B_t + sum_n q_t A                  dx_0 = a_1 g_1
 
-Channels are handled LANES at a time so that the innermost loop, over channels, is one or a few
-vector instructions; a "tile" holds LANES channels of the state as (n, LANES). Only every SPAN-th
+Channels are handled LANES at a time, as values of a small vector type of our own (`load`, `store`,
+`splat`, `+`, `*`, `exp2`), so that vector instructions do not hang on the compiler's guesses about
+aliasing; a "tile" is the state of LANES channels as (n, LANES). Only every SPAN-th
 state is kept by the forward pass (`checkpoints`); backward recomputes the states between two
 checkpoints, and no array of b l d n states ever exists.
 
@@ -21,10 +22,13 @@ A task is one sequence and one group of tiles; each writes its own part of every
 """
 
 import math
+import operator
 
 import numpy as np
+from llvmlite import ir
 from numba import njit, types
-from numba.extending import overload
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
 
 LANES = 16
 SPAN = 32
@@ -34,39 +38,147 @@ OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model"
 
 LOG2E = 1.0 / math.log(2.0)
 LOG2E_F32 = np.float32(LOG2E)
-# 2^r on [-1/2, 1/2] as 1 + r (P1 + r (P2 + ...)): minimax in relative error (2e-9); exact at 0.
-P1 = np.float32(0.6931472028585564)
-P2 = np.float32(0.2402264791343027)
-P3 = np.float32(0.05550332462934117)
-P4 = np.float32(0.009618437353936247)
-P5 = np.float32(0.0013398877841908619)
-P6 = np.float32(0.00015353371298270534)
+# 2^r on [-1/2, 1/2], lowest power first: minimax in relative error (2e-9), and exact at 0.
+POLYNOMIAL = (
+    1.0,
+    0.6931472028585564,
+    0.2402264791343027,
+    0.05550332462934117,
+    0.009618437353936247,
+    0.0013398877841908619,
+    0.00015353371298270534,
+)
 ONE = np.float32(1.0)
-LOWEST = np.float32(-127.0)  # and below: 0
-HIGHEST = np.float32(128.0)  # and above: infinity
-ROUND = np.float32(1.5 * 2**23)  # adding it leaves the nearest integer in the last bits
+LOWEST = -127.0  # and below: 0
+HIGHEST = 128.0  # and above: infinity
+ROUND = 1.5 * 2**23  # adding it leaves the nearest integer in the last bits
 
 
-def exp2(v):
-    """2 to the power v; in float32 made of instructions that exist for vectors."""
-    return np.exp2(v)
+class LanesType(types.Type):
+    """LANES numbers of one dtype, held in vector registers."""
+
+    def __init__(self, dtype):
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
 
 
-@overload(exp2, jit_options={"fastmath": {"contract"}, "error_model": "numpy"})
-def _exp2(v):
-    if v != types.float32:
-        return lambda v: np.exp2(v)
+@register_model(LanesType)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, lanes):
+        element = manager.lookup(lanes.dtype).get_data_type()
+        super().__init__(manager, lanes, ir.VectorType(element, LANES))
 
-    def exp2_float32(v):
-        v = LOWEST if v < LOWEST else v
-        v = HIGHEST if v > HIGHEST else v
-        shifted = v + ROUND
-        r = v - (shifted - ROUND)
-        p = ONE + r * (P1 + r * (P2 + r * (P3 + r * (P4 + r * (P5 + r * P6)))))
-        exponent = np.int32((np.float32(shifted).view(np.int32) << 23) + 0x3F800000)
-        return p * np.int32(exponent).view(np.float32)
 
-    return exp2_float32
+def _pointer(context, builder, array_type, array, index_type, index):
+    """Pointer to the LANES consecutive numbers at `array[index]`."""
+    leading = cgutils.unpack_tuple(builder, index, len(index_type))
+    indices = [*leading, context.get_constant(types.intp, 0)]
+    view = context.make_array(array_type)(context, builder, array)
+    pointer = cgutils.get_item_pointer(context, builder, array_type, view, indices)
+    element = context.get_data_type(array_type.dtype)
+    return builder.bitcast(pointer, ir.VectorType(element, LANES).as_pointer())
+
+
+@intrinsic
+def load(typing, array, index):
+    """The lanes at `array[index]`, where the last axis of `array` is LANES long."""
+
+    def build(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, array, arguments[0], index, arguments[1])
+        return builder.load(pointer, align=array.dtype.bitwidth // 8)
+
+    return LanesType(array.dtype)(array, index), build
+
+
+@intrinsic
+def store(typing, array, index, lanes):
+    """Put `lanes` at `array[index]`."""
+
+    def build(context, builder, signature, arguments):
+        pointer = _pointer(context, builder, array, arguments[0], index, arguments[1])
+        builder.store(arguments[2], pointer, align=array.dtype.bitwidth // 8)
+        return context.get_dummy_value()
+
+    return types.void(array, index, lanes), build
+
+
+@intrinsic
+def splat(typing, number):
+    """The same number in every lane."""
+
+    def build(context, builder, signature, arguments):
+        vector = ir.VectorType(arguments[0].type, LANES)
+        empty = ir.Constant(vector, ir.Undefined)
+        one = builder.insert_element(empty, arguments[0], ir.Constant(ir.IntType(32), 0))
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+        return builder.shuffle_vector(one, empty, zeros)
+
+    return LanesType(number)(number), build
+
+
+def _arithmetic(instruction):
+    @intrinsic
+    def apply(typing, a, b):
+        def build(context, builder, signature, arguments):
+            return getattr(builder, instruction)(*arguments, flags=("contract",))
+
+        return a(a, b), build
+
+    return apply
+
+
+_add, _mul = _arithmetic("fadd"), _arithmetic("fmul")
+
+
+@overload(operator.add)
+def _lanes_add(a, b):
+    if isinstance(a, LanesType) and isinstance(b, LanesType):
+        return lambda a, b: _add(a, b)
+
+
+@overload(operator.mul)
+def _lanes_mul(a, b):
+    if isinstance(a, LanesType) and isinstance(b, LanesType):
+        return lambda a, b: _mul(a, b)
+
+
+@intrinsic
+def exp2(typing, v):
+    """2 to the power v, for a number or in every lane; in float32 exact at 0, 0 below -127."""
+
+    def build(context, builder, signature, arguments):
+        (x,) = arguments
+        lanes = isinstance(v, LanesType)
+        if getattr(v, "dtype", v) != types.float32:  # float64 serves checks: one call per lane
+            double = builder.module.declare_intrinsic("llvm.exp2", [ir.DoubleType()])
+            if not lanes:
+                return builder.call(double, [x])
+            for c in range(LANES):
+                at = ir.Constant(ir.IntType(32), c)
+                number = builder.call(double, [builder.extract_element(x, at)])
+                x = builder.insert_element(x, number, at)
+            return x
+        int32 = ir.VectorType(ir.IntType(32), LANES) if lanes else ir.IntType(32)
+
+        def constant(number, kind=x.type):
+            number = number if kind == int32 else float(number)
+            return ir.Constant(kind, [number] * LANES if lanes else number)
+
+        def bounded(x, relation, limit):  # a comparison with NaN is false: NaN goes through
+            return builder.select(builder.fcmp_ordered(relation, x, limit), limit, x)
+
+        x = bounded(bounded(x, "<", constant(LOWEST)), ">", constant(HIGHEST))
+        shifted = builder.fadd(x, constant(ROUND))
+        r = builder.fsub(x, builder.fsub(shifted, constant(ROUND)))
+        p = constant(POLYNOMIAL[-1])
+        for coefficient in reversed(POLYNOMIAL[:-1]):
+            p = builder.fmul(p, r, flags=("contract",))
+            p = builder.fadd(p, constant(coefficient), flags=("contract",))
+        exponent = builder.shl(builder.bitcast(shifted, int32), constant(23, int32))
+        power = builder.add(exponent, constant(127 << 23, int32))  # the bits of 2^round(x)
+        return builder.fmul(p, builder.bitcast(power, x.type))
+
+    return v(v), build
 
 
 def sigmoid(v):
@@ -118,11 +230,13 @@ def scan_forward(
                     step[c] = delta[row, t, c0 + c]
                     drive[c] = step[c] * u[row, t, c0 + c]
                     out[c] = D[c0 + c] * u[row, t, c0 + c]
+                steps, drives, outs = load(step, ()), load(drive, ()), load(out, ())
                 for k in range(n):
-                    in_gain, out_gain = B[row, t, k], C[row, t, k]
-                    for c in range(LANES):
-                        x[k, c] = exp2(step[c] * rate[k, c]) * x[k, c] + drive[c] * in_gain
-                        out[c] += out_gain * x[k, c]
+                    decay = exp2(steps * load(rate, (k,)))
+                    state = decay * load(x, (k,)) + drives * splat(B[row, t, k])
+                    store(x, (k,), state)
+                    outs = outs + splat(C[row, t, k]) * state
+                store(out, (), outs)
                 for c in range(width):
                     y[row, t, c0 + c] = out[c]
                 if gated:
@@ -166,8 +280,8 @@ def scan_backward(
     drive = np.zeros((SPAN, LANES), dtype)
     out = np.zeros((SPAN, LANES), dtype)
     h = np.zeros((SPAN, LANES), dtype)
-    through_B = np.empty(LANES, dtype)
-    through_decay = np.empty(LANES, dtype)
+    through_B = np.empty((SPAN, LANES), dtype)
+    through_decay = np.empty((SPAN, LANES), dtype)
     ln2 = np.full(1, math.log(2.0), dtype)
     for task in range(first, last):
         row, group = task // groups, task % groups
@@ -200,15 +314,7 @@ def scan_backward(
                         drive[i, c] = step[i, c] * value[i, c]
                         h[i, c] = dy[row, t0 + i, c0 + c]
                         out[i, c] = D[c0 + c] * value[i, c]
-                for i in range(length):
-                    for k in range(n):
-                        in_gain, out_gain = B[row, t0 + i, k], C[row, t0 + i, k]
-                        for c in range(LANES):
-                            decay = exp2(step[i, c] * rate[tile, k, c])
-                            decays[i, k, c] = decay
-                            state = decay * states[i, k, c] + drive[i, c] * in_gain
-                            states[i + 1, k, c] = state
-                            out[i, c] += out_gain * state
+                replay(step, drive, rate, B[row], C[row], tile, t0, length, states, decays, out)
                 if gated:
                     for i in range(length):
                         for c in range(width):
@@ -217,26 +323,16 @@ def scan_backward(
                             slope = s * (ONE + v * (ONE - s))
                             dz[row, t0 + i, c0 + c] = h[i, c] * out[i, c] * slope
                             h[i, c] *= v * s
-                for i in range(length - 1, -1, -1):
-                    for c in range(LANES):
-                        through_B[c] = 0
-                        through_decay[c] = 0
-                    for k in range(n):
-                        in_gain, out_gain = B[row, t0 + i, k], C[row, t0 + i, k]
-                        for c in range(LANES):
-                            g_t = g[tile, k, c] + out_gain * h[i, c]
-                            to_C[i, k, c] += h[i, c] * states[i + 1, k, c]
-                            to_B[i, k, c] += g_t * drive[i, c]
-                            through_B[c] += g_t * in_gain
-                            g_t *= decays[i, k, c]
-                            g[tile, k, c] = g_t
-                            q = g_t * states[i, k, c]
-                            through_decay[c] += q * rate[tile, k, c]
-                            to_A[tile, k, c] += q * step[i, c]
+                reverse(
+                    step, drive, h, rate, B[row], C[row], tile, t0, length,
+                    states, decays, g, to_A, to_B, to_C, through_B, through_decay,
+                )  # fmt: skip
+                for i in range(length):
                     for c in range(width):
                         v, s = value[i, c], step[i, c]
-                        du[row, t0 + i, c0 + c] = through_B[c] * s + D[c0 + c] * h[i, c]
-                        ddelta[row, t0 + i, c0 + c] = through_B[c] * v + ln2[0] * through_decay[c]
+                        du[row, t0 + i, c0 + c] = through_B[i, c] * s + D[c0 + c] * h[i, c]
+                        by_step = through_B[i, c] * v + ln2[0] * through_decay[i, c]
+                        ddelta[row, t0 + i, c0 + c] = by_step
                         dD[piece, c0 + c] += h[i, c] * v
             for i in range(length):
                 for k in range(n):
@@ -253,3 +349,48 @@ def scan_backward(
                 for c in range(min(LANES, d - c0)):
                     dx0[row, c0 + c, k] = g[tile, k, c]
     dA[piece] = to_A
+
+
+@njit(**OPTIONS)
+def replay(step, drive, rate, B, C, tile, t0, length, states, decays, out):
+    """Recompute the states of one tile over one span, from `states[0]`; keep the decays.
+
+    step, drive, out (SPAN, LANES); rate (tiles, n, LANES); B, C (l, n) of one sequence;
+    states (SPAN+1, n, LANES); decays (SPAN, n, LANES). Adds C . x to `out`.
+    """
+    for i in range(length):
+        steps, drives, outs = load(step, (i,)), load(drive, (i,)), load(out, (i,))
+        for k in range(rate.shape[1]):
+            decay = exp2(steps * load(rate, (tile, k)))
+            state = decay * load(states, (i, k)) + drives * splat(B[t0 + i, k])
+            store(decays, (i, k), decay)
+            store(states, (i + 1, k), state)
+            outs = outs + splat(C[t0 + i, k]) * state
+        store(out, (i,), outs)
+
+
+@njit(**OPTIONS)
+def reverse(
+    step, drive, h, rate, B, C, tile, t0, length,
+    states, decays, g, to_A, to_B, to_C, through_B, through_decay,
+):  # fmt: skip
+    """Carry `g` of one tile back over one span, adding to `to_A`, `to_B` and `to_C` by lane.
+
+    Shapes as in `replay`; g, to_A (tiles, n, LANES); to_B, to_C (SPAN, n, LANES). Writes
+    through_B = sum_n g B and through_decay = sum_n q A, both (SPAN, LANES).
+    """
+    for i in range(length - 1, -1, -1):
+        steps, drives, h_t = load(step, (i,)), load(drive, (i,)), load(h, (i,))
+        by_B = by_decay = splat(h.dtype.type(0))
+        for k in range(rate.shape[1]):
+            g_t = load(g, (tile, k)) + splat(C[t0 + i, k]) * h_t
+            store(to_C, (i, k), load(to_C, (i, k)) + h_t * load(states, (i + 1, k)))
+            store(to_B, (i, k), load(to_B, (i, k)) + g_t * drives)
+            by_B = by_B + g_t * splat(B[t0 + i, k])
+            g_t = g_t * load(decays, (i, k))
+            store(g, (tile, k), g_t)
+            q = g_t * load(states, (i, k))
+            by_decay = by_decay + q * load(rate, (tile, k))
+            store(to_A, (tile, k), load(to_A, (tile, k)) + q * steps)
+        store(through_B, (i,), by_B)
+        store(through_decay, (i,), by_decay)
