@@ -120,7 +120,8 @@ class MemoryAttention(nn.Module):
         self.watchers: list[Callable[[Watched], None]] = []  # see every reading from the start
         if config.num_fading_tokens and config.normalize_fading:
             self.fading_norm = nn.RMSNorm(d, eps=config.norm_eps)
-        if self.has_memory and config.memory_projections == "separate":
+        self.separate = self.has_memory and config.memory_projections == "separate"
+        if self.separate:
             groups, bias = config.num_kv_heads * config.head_dim, config.attention_bias
             self.memory_k_proj = nn.Linear(d, groups, bias=bias)
             self.memory_v_proj = nn.Linear(d, groups, bias=bias)
@@ -199,7 +200,7 @@ class MemoryAttention(nn.Module):
         shared: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "b *l g p"], Float[Tensor, "b *l g p"]]:  # fmt: skip
         """Key and value of a memory token, by the window's projections or by their own."""
-        if self.config.memory_projections == "shared":
+        if not self.separate:
             return shared if shared is not None else self.projections.keys_values(tokens, at)
         k, v = (
             f(tokens).unflatten(-1, (-1, self.config.head_dim))

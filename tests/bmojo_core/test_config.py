@@ -143,7 +143,7 @@ def test_a_window_of_zero_is_refused_for_every_kind():
 def test_unknown_presets_and_kinds_are_refused():
     with pytest.raises(ValueError, match=r"preset name must be one of .*'130m'.*got '131m'"):
         BMojoConfig.preset("131m")
-    with pytest.raises(ValueError, match="kind must be one of .* got 'rnn'"):
+    with pytest.raises(ValueError, match=r"kind must be one of .* got 'rnn'"):
         BMojoConfig.preset("tiny", "rnn")
 
 
