@@ -54,17 +54,8 @@ def test_conda_environments_agree_with_pyproject(file: str) -> None:
 
 
 def test_the_core_needs_what_it_says_and_no_more() -> None:
-    core = [
-        "numpy",
-        "scipy",
-        "torch",
-        "numba",
-        "transformers",
-        "safetensors",
-        "matplotlib",
-        "tqdm",
-        "jaxtyping",
-    ]
+    core = ["numpy", "scipy", "torch", "numba", "transformers", "safetensors"]
+    core += ["matplotlib", "tqdm", "jaxtyping"]
     assert list(_requirements(PROJECT["dependencies"])) == core
     assert {"notebooks", "docs", "test", "gpu"} == set(EXTRAS)
     for extra in ("notebooks", "docs", "test"):
@@ -74,9 +65,7 @@ def test_the_core_needs_what_it_says_and_no_more() -> None:
 def test_constraints_pin_everything_and_fit() -> None:
     pinned = _constraints()
     assert pinned["torch"] == "2.13.0"
-    lines = PROJECT["dependencies"] + [
-        line for e in ("notebooks", "docs", "test") for line in EXTRAS[e]
-    ]
+    lines = [*PROJECT["dependencies"], *EXTRAS["notebooks"], *EXTRAS["docs"], *EXTRAS["test"]]
     for name, specifier in _requirements(lines).items():
         assert name in pinned, f"constraints.txt does not pin {name}"
         assert pinned[name] in specifier, f"{name}=={pinned[name]} does not satisfy {specifier}"

@@ -17,40 +17,15 @@ MODULES = sorted(p for name in ("realization", "bmojo_core") for p in (ROOT / na
 SCRIPTS = sorted(p for name in ("tests", "benchmarks") for p in (ROOT / name).rglob("*.py"))
 
 # Who may not import what. A rule holds for a file or for everything below a folder.
+LEARNING = {f"bmojo_core.{room}" for room in ("tasks", "training", "evaluation", "experiments")}
+MODELS = {f"bmojo_core.{room}" for room in ("modeling", "convert", "inspect", "storage")}
+LAYERS = {"bmojo_core.layers", "bmojo_core.config", "bmojo_core.cache"}
 FORBIDDEN = {
     "realization": {"torch", "transformers", "bmojo_core", "numba"},
     "bmojo_core": {"notebooks", "tests", "benchmarks", "control", "statsmodels", "mambapy"},
-    "bmojo_core/ops": {
-        f"bmojo_core.{room}"
-        for room in [
-            "layers",
-            "config",
-            "modeling",
-            "cache",
-            "convert",
-            "tasks",
-            "training",
-            "evaluation",
-            "inspect",
-            "storage",
-            "experiments",
-        ]
-    },
-    "bmojo_core/layers": {
-        f"bmojo_core.{room}"
-        for room in [
-            "modeling",
-            "convert",
-            "tasks",
-            "training",
-            "evaluation",
-            "inspect",
-            "experiments",
-        ]
-    },
-    "bmojo_core/modeling.py": {
-        f"bmojo_core.{room}" for room in ["tasks", "training", "evaluation", "experiments"]
-    },
+    "bmojo_core/ops": LAYERS | MODELS | LEARNING,
+    "bmojo_core/layers": MODELS | LEARNING,
+    "bmojo_core/modeling.py": LEARNING,
 }
 
 
@@ -99,7 +74,7 @@ def test_the_import_reader_sees_every_form(tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "a" / "b" / "c.py"
     file.parent.mkdir(parents=True)
     file.write_text(
-        "import x.y\nfrom z import w\ndef f():\n    from . import d\n    from ..e import g"
+        "import x.y\nfrom z import w\nif x:\n    from . import d\n    from ..e import g"
     )
     assert imported_modules(file) == {"x.y", "z", "z.w", "a.b", "a.b.d", "a.e", "a.e.g"}
 
@@ -174,7 +149,7 @@ def _public_definitions(path: Path) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _explains_itself(name: str, node: ast.AST) -> bool:
-    """Torch names some methods: `forward` is what its class says, setters what their getter says."""
+    """Methods that torch names: `forward` does what its class says, a setter what its getter does."""
     if name.rpartition(".")[2] in ("forward", "backward", "setup_context"):
         return True
     decorators = getattr(node, "decorator_list", [])
