@@ -34,7 +34,7 @@ __device__ __forceinline__ Raw load(const Params& p, int batch, int t, int chann
   return from ? *reinterpret_cast<const Raw*>(from + channel) : Raw{};
 }
 
-extern "C" __global__ void __launch_bounds__(ERROR_THREADS, 4) squared_error(const Params p) {
+extern "C" __global__ void __launch_bounds__(ERROR_THREADS, 3) squared_error(const Params p) {
   int tiles = (p.l + TILE - 1) / TILE;
   int batch = blockIdx.x / tiles, t0 = blockIdx.x % tiles * TILE;
   float w[TAPS], error[TILE] = {};
