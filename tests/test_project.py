@@ -149,7 +149,7 @@ def _public_definitions(path: Path) -> Iterator[tuple[str, ast.AST]]:
 
 
 def _explains_itself(name: str, node: ast.AST) -> bool:
-    """Methods that torch names: `forward` does what its class says, a setter what its getter does."""
+    """Methods that torch names: `forward` does what its class says, a setter what a getter does."""
     if name.rpartition(".")[2] in ("forward", "backward", "setup_context"):
         return True
     decorators = getattr(node, "decorator_list", [])
