@@ -228,13 +228,13 @@ def _window_visible(
 
 
 def _fused_attention(
-    q: Float[Tensor, "n g t p"],
-    k: Float[Tensor, "n #g s p"],
-    v: Float[Tensor, "n #g s p"],
+    q: Float[Tensor, "n h t p"],
+    k: Float[Tensor, "n g s p"],
+    v: Float[Tensor, "n g s p"],
     visible: Bool[Tensor, "#n 1 t s"],
     scale: float,
     some_blind: bool,
-) -> Float[Tensor, "n g t p"]:
+) -> Float[Tensor, "n h t p"]:
     """torch's fused softmax attention, 0 where a query sees nothing.
 
     A query without any visible key looks at all of them, which keeps the kernel's softmax and its
