@@ -64,8 +64,9 @@ def selective_scan(
     return_last_state : bool
         Also return the state after the last position.
     backend : {"auto", "reference", "cpu", "gpu", "mamba_ssm"}
-        "auto" takes "gpu" on CUDA; on the CPU, "cpu", except for float64, which takes
-        "reference" (so that gradients can themselves be differentiated); elsewhere "reference".
+        "auto" takes "gpu" on CUDA; on the CPU, "cpu", except for float64 (so that gradients can
+        themselves be differentiated) and for a single step, which take "reference"; elsewhere
+        "reference".
 
     Returns
     -------
@@ -114,7 +115,9 @@ def _resolve(backend: str, u: Tensor) -> str:
         return backend
     if u.device.type == "cuda":
         return "gpu"
-    return "cpu" if u.device.type == "cpu" and u.dtype != torch.float64 else "reference"
+    one_step = u.shape[1] == 1  # decoding: a few tensor operations cost less than a kernel's launch
+    plain = one_step or u.device.type != "cpu" or u.dtype == torch.float64
+    return "reference" if plain else "cpu"
 
 
 def _dispatch(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
