@@ -218,10 +218,10 @@ class _Running:
 def state_bytes(config: BMojoConfig, tokens: int = 1) -> int:
     """Bytes that one row carries in float32 after ``tokens`` tokens (grows only for attention)."""
     model = BMojoForCausalLM(config).eval()
+    ids = torch.zeros(1, tokens, dtype=torch.long)
     with torch.no_grad():
-        cache: BMojoCache = model(
-            torch.zeros(1, tokens, dtype=torch.long), use_cache=True
-        ).past_key_values
+        out = model(ids, use_cache=True, memory_scores=torch.zeros(1, tokens))
+    cache: BMojoCache = out.past_key_values
     return cache.nbytes
 
 

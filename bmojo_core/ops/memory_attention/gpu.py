@@ -198,11 +198,16 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return found
 
 
+def _pointers(job: _Job, k: Tensor, v: Tensor, mem_k, mem_v) -> tuple[Tensor, Tensor]:
+    """Memory keys and values; without memory (m = 0) something to point at, which is never read."""
+    return (k, v) if job.m == 0 else (mem_k, mem_v)
+
+
 def _launch_forward(job: _Job, q, k, v, mem_k, mem_v, mem_valid, key_valid, out, logsum) -> None:
     blocks = job.blocks(128, 64, 8 if job.p > 64 else 4, 3, min(job.chunk, job.l))
     per_chunk = -(-min(job.chunk, job.l) // blocks.rows)
     strides = _strides(q, 3, k, 3, v, 3, mem_k, 4, mem_v, 4, out, 3)
-    pointers = (q, k, v, mem_k, mem_v, mem_valid, key_valid, out, logsum)
+    pointers = (q, k, v, *_pointers(job, k, v, mem_k, mem_v), mem_valid, key_valid, out, logsum)
     kernels.forward[(job.c * per_chunk, job.h, job.b)](
         *pointers, *strides, *job.sizes, per_chunk, job.scale * LOG2_E, **job.constants(blocks)
     )
@@ -223,7 +228,8 @@ def _launch_queries(
     blocks = job.blocks(128, 64, 8 if job.p > 64 else 4, 2, min(job.chunk, job.l))
     per_chunk = -(-min(job.chunk, job.l) // blocks.rows)
     strides = _strides(q, 3, k, 3, v, 3, mem_k, 4, mem_v, 4, dout, 3, dq, 3)
-    pointers = (q, k, v, mem_k, mem_v, mem_valid, key_valid, dout, logsum, dot, dq)
+    memory = _pointers(job, k, v, mem_k, mem_v)
+    pointers = (q, k, v, *memory, mem_valid, key_valid, dout, logsum, dot, dq)
     kernels.query_gradients[(job.c * per_chunk, job.h, job.b)](
         *pointers,
         *strides,
