@@ -83,7 +83,7 @@ def test_rank_grows_with_the_stretch_of_tokens():
 
 
 def test_input_varying_nilpotency():
-    """Products along the sequence decide, not one A: here every A(u) is nilpotent, the system not."""
+    """Products along the sequence decide: here every A(u) is nilpotent and the system is not."""
     up, down = np.eye(2, k=1), np.eye(2, k=-1)
     system = InputVaryingSystem(
         n=2, A=lambda u: up if u[0] > 0 else down, b=lambda u: np.zeros(2),
