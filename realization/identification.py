@@ -233,19 +233,54 @@ def predictor_gain(A: Array, C: Array, noise: Array) -> tuple[Array, Array]:
     """
     n = len(A)
     Q, S, R = noise[:n, :n], noise[:n, n:], noise[n:, n:]
-    no_gain = ValueError(
+    for solve in (_riccati_by_eigenvalues, _riccati_by_doubling):
+        P = solve(A, C, Q, S, R)
+        if not np.isfinite(P).all():
+            continue
+        Lambda = symmetric_part(C @ P @ C.T + R)
+        K = np.linalg.solve(Lambda, (A @ P @ C.T + S).T).T
+        if _is_contracting(A - K @ C):
+            return K, Lambda
+    raise ValueError(
         f"order={n} gives a model without a stabilizing Kalman gain (poles far outside the unit "
         "circle): use a lower order, more block rows, or stable=True"
     )
+
+
+def _riccati_by_eigenvalues(A: Array, C: Array, Q: Array, S: Array, R: Array) -> Array:
+    """P = A P A' + Q - (A P C' + S) (C P C' + R)^{-1} (.)', infinite where the method fails.
+
+    Exact also for poles far outside the circle, but it must tell stable from unstable eigenvalues
+    of a pencil, and cannot when the data have next to no noise.
+    """
     try:
-        P = scipy.linalg.solve_discrete_are(A.T, C.T, Q, R, s=S)
-    except np.linalg.LinAlgError as error:
-        raise no_gain from error
-    Lambda = symmetric_part(C @ P @ C.T + R)
-    K = np.linalg.solve(Lambda, (A @ P @ C.T + S).T).T
-    if not _is_contracting(A - K @ C):
-        raise no_gain
-    return K, Lambda
+        return symmetric_part(scipy.linalg.solve_discrete_are(A.T, C.T, Q, R, s=S))
+    except (np.linalg.LinAlgError, ValueError):
+        return np.full_like(A, np.inf)
+
+
+def _riccati_by_doubling(A: Array, C: Array, Q: Array, S: Array, R: Array) -> Array:
+    """The same P as the limit of the filter's recursion, 2^k steps at a time.
+
+        P = a' P (I + J P)^{-1} a + Q - S R^{-1} S',   a' = A - S R^{-1} C,   J = C' R^{-1} C
+
+    It does not care how little noise there is, so it serves records without any. Overflow (poles
+    far outside the circle) leaves infinities for the caller to see.
+    """
+    RS, RC = np.linalg.solve(R, S.T), np.linalg.solve(R, C)
+    n, a, J = len(A), (A - S @ RC).T, C.T @ RC
+    P = symmetric_part(Q - S @ RS)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(60):
+            if not (np.isfinite(P).all() and np.isfinite(J).all()):
+                return np.full_like(A, np.inf)
+            inverse = np.linalg.solve(np.eye(n) + J @ P, np.hstack([a, J]))
+            step = a.T @ P @ inverse[:, :n]
+            P, J = symmetric_part(P + step), symmetric_part(J + a @ inverse[:, n:] @ a.T)
+            a = a @ inverse[:, :n]
+            if np.linalg.norm(step) <= 1e-16 * np.linalg.norm(P):
+                return P
+    return P
 
 
 def _is_contracting(F: Array) -> bool:

@@ -3,7 +3,7 @@
 A predictor has used up the past when its errors e_t are white. Under that hypothesis, with
 w_t = F^{-1} e_t whitened across channels (F F' the sample covariance):
 
-    portmanteau    Q = T^2 sum_{h<=H} |R_h|^2 / (T - h),   R_h = (1/T) sum_t w_t w_{t-h}'
+    portmanteau    Q = T (T + 2) sum_{h<=H} |R_h|^2 / (T - h),   R_h = (1/T) sum_t w_t w_{t-h}'
                    ~ chi^2 with p^2 (H - fitted) degrees of freedom       (correlation in time)
     runs           number of runs above and below the median, given their counts
                    ~ normal (Wald-Wolfowitz)                              (dependence of signs)
@@ -110,7 +110,7 @@ def portmanteau_test(s: ArrayLike, lags: int | None = None, num_fitted_lags: int
     if not num_fitted_lags < lags < T:
         raise ValueError(f"lags must lie between num_fitted_lags={num_fitted_lags} and T={T}")
     R = autocorrelations(w, lags)
-    statistic = float(T**2 * sum(np.sum(R[h] ** 2) / (T - h) for h in range(1, lags + 1)))
+    statistic = float(T * (T + 2) * sum(np.sum(R[h] ** 2) / (T - h) for h in range(1, lags + 1)))
     freedom = p * p * (lags - num_fitted_lags)
     return TestResult(statistic, float(scipy.stats.chi2.sf(statistic, freedom)), f"chi2({freedom})")
 
