@@ -7,12 +7,13 @@ from bmojo_core.ops.memory_attention import memory_attention
 
 # l, carried, heads, key heads, width, window, chunk, memory tokens
 SHAPES = (
-    (1, 0, 2, 2, 32, 8, 16, 4),
+    (1, 7, 2, 2, 32, 8, 16, 4),
     (63, 0, 2, 1, 16, 24, 32, 9),
     (500, 37, 4, 2, 64, 128, 64, 80),
     (500, 0, 4, 4, 24, 100, 30, 5),
-    (2049, 511, 2, 1, 128, 512, 512, 130),
-    (2049, 0, 2, 2, 128, 512, None, 0),
+    (2049, 511, 2, 1, 16, 512, 512, 130),
+    (2049, 0, 2, 2, 16, 512, None, 0),
+    (300, 200, 4, 2, 128, 130, 100, 70),
     (700, 5, 2, 2, 64, None, 128, 64),
     (300, 0, 2, 2, 256, 64, 64, 20),
 )
@@ -32,7 +33,7 @@ def problem(draw, shape, dtype, *, valid=False):
         options |= dict(key_valid=key_valid)
         if m:
             options |= dict(mem_valid=draw(b, c, m) > 0)
-            options["mem_valid"][:, 0] = False
+            options["mem_valid"][:, : c // 2] = False
     return dict(q=q, k=k, v=v, mem_k=mem_k, mem_v=mem_v), options
 
 

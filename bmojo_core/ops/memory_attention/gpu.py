@@ -170,6 +170,7 @@ class _Job:
             COLUMNS=blocks.columns,
             PRECISION="tf32x3" if self.wide else "tf32",
             HAS_VALID=self.has_valid,
+            HAS_MEM=self.m > 0,
             HAS_MEM_VALID=self.has_mem_valid,
             num_warps=blocks.warps,
             num_stages=blocks.stages,
@@ -180,7 +181,8 @@ class _Job:
         if self.wide:
             rows, columns, stages = min(rows, 64), min(columns, 32), min(stages, 2)
         if self.p > 128:
-            rows, columns = min(rows, 64), min(columns, 32)
+            rows, columns = min(rows, 32 if self.wide else 64), min(columns, 32)
+            stages = 1 if self.wide else stages
         rows = min(rows, max(16, triton.next_power_of_2(per)))
         columns = min(columns, max(16, triton.next_power_of_2(self.window + rows)))
         return Blocks(rows, columns, warps if rows * self.p > 2048 else 4, stages)

@@ -102,7 +102,7 @@ def forward(
     l, length, m, window, chunk, per_chunk, scale2,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEM_VALID: tl.constexpr,
+    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: its window, then its chunk's memory."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -134,19 +134,20 @@ def forward(
         q, k_base, v_base, k_l, v_l, valid, i, r, z, last, length, window, top, total, out,
         scale2, True, HAS_VALID, P, P_PAD, COLUMNS, PRECISION,
     )  # fmt: skip
-    for t0 in range(0, m, COLUMNS):
+    if HAS_MEM:
         mem_k = mem_k_ + batch * mk_b + c.to(tl.int64) * mk_c + g * mk_h
         mem_v = mem_v_ + batch * mv_b + c.to(tl.int64) * mv_c + g * mv_h
-        t = t0 + tl.arange(0, COLUMNS)
-        known = t < m
-        if HAS_MEM_VALID:
-            chunks = tl.num_programs(0) // per_chunk
-            known = tl.load(mem_valid_ + (batch * chunks + c) * m + t, mask=t < m, other=0) != 0
-        top, total, out = _softmax_step(
-            q, _tile(mem_k, t0, m, mk_m, P, P_PAD, COLUMNS),
-            _tile(mem_v, t0, m, mv_m, P, P_PAD, COLUMNS),
-            (i[:, None] >= 0) & known[None, :], top, total, out, scale2, True, PRECISION,
-        )  # fmt: skip
+        for t0 in range(0, m, COLUMNS):
+            t = t0 + tl.arange(0, COLUMNS)
+            known = t < m
+            if HAS_MEM_VALID:
+                chunks = tl.num_programs(0) // per_chunk
+                known = tl.load(mem_valid_ + (batch * chunks + c) * m + t, mask=t < m, other=0) != 0
+            top, total, out = _softmax_step(
+                q, _tile(mem_k, t0, m, mk_m, P, P_PAD, COLUMNS),
+                _tile(mem_v, t0, m, mv_m, P, P_PAD, COLUMNS),
+                (i[:, None] >= 0) & known[None, :], top, total, out, scale2, True, PRECISION,
+            )  # fmt: skip
 
     sees = total > 0
     out = out / tl.where(sees, total, 1.0)[:, None]
@@ -206,7 +207,7 @@ def query_gradients(
     l, length, m, window, chunk, per_chunk, scale2, scale,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEM_VALID: tl.constexpr,
+    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head, over the same columns as ``forward``."""
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -240,19 +241,20 @@ def query_gradients(
         q, k_base, v_base, k_l, v_l, valid, i, r, z, last, length, window, dout, logsum, dot, dq,
         scale2, True, HAS_VALID, P, P_PAD, COLUMNS, PRECISION,
     )  # fmt: skip
-    for t0 in range(0, m, COLUMNS):
+    if HAS_MEM:
         mem_k = mem_k_ + batch * mk_b + c.to(tl.int64) * mk_c + g * mk_h
         mem_v = mem_v_ + batch * mv_b + c.to(tl.int64) * mv_c + g * mv_h
-        t = t0 + tl.arange(0, COLUMNS)
-        known = t < m
-        if HAS_MEM_VALID:
-            chunks = tl.num_programs(0) // per_chunk
-            known = tl.load(mem_valid_ + (batch * chunks + c) * m + t, mask=t < m, other=0) != 0
-        dq = _query_step(
-            q, _tile(mem_k, t0, m, mk_m, P, P_PAD, COLUMNS),
-            _tile(mem_v, t0, m, mv_m, P, P_PAD, COLUMNS),
-            (i[:, None] >= 0) & known[None, :], dout, logsum, dot, dq, scale2, True, PRECISION,
-        )  # fmt: skip
+        for t0 in range(0, m, COLUMNS):
+            t = t0 + tl.arange(0, COLUMNS)
+            known = t < m
+            if HAS_MEM_VALID:
+                chunks = tl.num_programs(0) // per_chunk
+                known = tl.load(mem_valid_ + (batch * chunks + c) * m + t, mask=t < m, other=0) != 0
+            dq = _query_step(
+                q, _tile(mem_k, t0, m, mk_m, P, P_PAD, COLUMNS),
+                _tile(mem_v, t0, m, mv_m, P, P_PAD, COLUMNS),
+                (i[:, None] >= 0) & known[None, :], dout, logsum, dot, dq, scale2, True, PRECISION,
+            )  # fmt: skip
     _store_tile(dq_ + batch * dq_b + head * dq_h, dq * scale, i0, i1, dq_l, P, P_PAD, ROWS)
 
 
@@ -300,7 +302,7 @@ def key_gradients(
     l, length, m, window, chunk, scale2, scale,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEM_VALID: tl.constexpr,
+    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys, over the queries of all heads that share them."""
     j0, g, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -346,7 +348,7 @@ def memory_gradients(
     l, length, m, window, chunk, per_chunk, scale2, scale,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEM_VALID: tl.constexpr,
+    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of a chunk's memory tokens, over all queries of the chunk."""
     block, g, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)

@@ -64,9 +64,10 @@ __device__ __forceinline__ Place locate(const Params& p) {
   return w;
 }
 
-// log(1 + e^x): the series where 1 + e^x would lose digits.
+// log(1 + e^x): the series where 1 + e^x would lose digits that the type of delta has.
 __device__ __forceinline__ float softplus(float x) {
   float e = exp2_fast(x * LOG2_E);
+  if (sizeof(DELTA_T) == 2) return x > 20.f ? x : LN_2 * log2_fast(1.f + e);
   float series = e * (1.f + e * (-1.f / 2 + e * (1.f / 3 + e * (-1.f / 4 + e * (1.f / 5 +
                  e * (-1.f / 6 + e * (1.f / 7)))))));
   float value = e < 0.125f ? series : LN_2 * log2_fast(1.f + e);
