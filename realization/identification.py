@@ -38,7 +38,7 @@ from numpy.typing import ArrayLike
 from realization import subspace
 from realization.models import InnovationModel, symmetric_part
 from realization.subspace import CompressedData
-from realization.systems import Array, as_real_array, linear_recursion
+from realization.systems import Array, as_real_array
 
 NOISE_FLOOR = 1e-13  # relative noise variance assumed at least, so that noise-free data have a gain
 STABLE_RADIUS = 0.999  # where poles go that had to be moved inside the unit circle
@@ -308,15 +308,14 @@ def fit_inputs(
     F = A - K @ C
     W = np.linalg.inv(np.linalg.cholesky(Lambda))
     WC = W @ C
-    free = y - linear_recursion(F, y @ K.T, np.zeros(n))[:-1] @ C.T
+    free = y - _states_side_by_side(F, (y @ K.T)[None])[0] @ C.T
     m = 0 if u is None else u.shape[1]
-    regressors = np.empty((p, n + m * n + m * p, T))
-    regressors[:, :n] = _decays(F.T, WC, T).transpose(0, 2, 1)
+    regressors = np.empty((p, T, n + m * n + p * m))
+    regressors[:, :, :n] = _decays(F.T, WC, T)
     if m:
-        driven = u.T[None, :, :, None] * WC[:, None, None, :]  # (p, m, T, n)
-        states = _states_side_by_side(F.T, driven.reshape(p * m, T, n))
-        regressors[:, n : n + m * n] = states.transpose(0, 2, 1).reshape(p, m * n, T)
-        regressors[:, n + m * n :] = (W[:, :, None, None] * u.T).reshape(p, p * m, T)
+        regressors[:, :, n : n + m * n] = _input_responses(F.T, WC, u).reshape(p, T, m * n)
+        direct = W[:, None, :, None] * u[None, :, None, :]
+        regressors[:, :, n + m * n :] = direct.reshape(p, T, p * m)
     theta, residual = _least_squares(regressors, W @ free.T)
     x0, b, D = theta[:n], theta[n : n + m * n].reshape(m, n).T, theta[n + m * n :].reshape(p, m)
     e = np.linalg.inv(W) @ residual
@@ -325,12 +324,37 @@ def fit_inputs(
 
 def _decays(F: Array, x: Array, T: int) -> Array:
     """F^t x for t = 0 .. T - 1 and each row of x (r, n), by doubling; shape (r, T, n)."""
-    out = x[:, None, :]
-    power = F
-    while out.shape[1] < T:
-        out = np.concatenate([out, out @ power.T], axis=1)
-        power = power @ power
-    return out[:, :T]
+    out = np.zeros((len(x), T, x.shape[1]))
+    out[:, 0] = x
+    power, done = F, 1
+    while done < T and np.linalg.norm(power) > 1e-20:  # what is smaller than that stays zero
+        stop = min(2 * done, T)
+        out[:, done:stop] = out[:, : stop - done] @ power.T
+        power, done = power @ power, stop
+    return out
+
+
+def _input_responses(F: Array, g: Array, u: Array) -> Array:
+    """x_0 .. x_{T-1} of x_{t+1} = F x_t + g_k u_{tj}, x_0 = 0, for g (r, n), u (T, m).
+
+    Shape (r, T, m, n). Sixteen steps at a time: inside a block one product with the responses
+    F^t g_k; from block to block a recursion with F^16 for all k and j side by side.
+    """
+    (T, m), (r, n), L = u.shape, g.shape, 16
+    blocks = -(-T // L)
+    powers, toeplitz = _powers(F, L), np.zeros((L, r, L + 1, n))
+    responses = np.einsum("tij,rj->rti", powers, g)
+    for early in range(L):
+        toeplitz[early, :, early + 1 :] = responses[:, : L - early]
+    u = np.concatenate([u, np.zeros((blocks * L - T, m))]).reshape(blocks, L, m)
+    x = u.transpose(0, 2, 1).reshape(blocks * m, L) @ toeplitz.reshape(L, r * (L + 1) * n)
+    x = x.reshape(blocks, m * r, L + 1, n)
+    ends = np.ascontiguousarray(x[:, :, L].transpose(1, 0, 2))
+    first = _states_side_by_side(powers[L], ends).transpose(1, 0, 2)
+    carried = first.reshape(-1, n) @ powers[:L].transpose(2, 0, 1).reshape(n, L * n)
+    x = x[:, :, :L] + carried.reshape(blocks, m * r, L, n)
+    x = x.reshape(blocks, m, r, L, n).transpose(2, 0, 3, 1, 4)
+    return x.reshape(r, blocks * L, m, n)[:, :T]
 
 
 def _states_side_by_side(F: Array, w: Array) -> Array:
@@ -339,43 +363,45 @@ def _states_side_by_side(F: Array, w: Array) -> Array:
     Eight steps at a time: inside a block of eight one product with the block Toeplitz matrix of
     powers of F; from block to block the same recursion with F^8.
     """
-    r, T, n = w.shape
-    L = 8
-    powers = [np.eye(n)]
-    for _ in range(L):
-        powers.append(powers[-1] @ F.T)
-    if T <= L:
-        L, blocks = T, 1
-    else:
-        blocks = -(-T // L)
-        w = np.concatenate([w, np.zeros((r, blocks * L - T, n))], axis=1)
-    toeplitz = np.zeros((L, n, L + 1, n))
-    for late in range(1, L + 1):
-        for early in range(late):
-            toeplitz[early, :, late] = powers[late - 1 - early]
-    inside = w.reshape(r * blocks, L * n) @ toeplitz.reshape(L * n, (L + 1) * n)
-    inside = inside.reshape(r, blocks, L + 1, n)
+    (r, T, n), L = w.shape, 8
+    blocks = -(-T // L)
+    powers, toeplitz = _powers(F, L), np.zeros((L, n, L + 1, n))
+    for early in range(L):
+        toeplitz[early, :, early + 1 :] = powers[: L - early].transpose(2, 0, 1)
+    w = np.concatenate([w, np.zeros((r, blocks * L - T, n))], axis=1)
+    x = w.reshape(r * blocks, L * n) @ toeplitz.reshape(L * n, (L + 1) * n)
+    x = x.reshape(r, blocks, L + 1, n)
     if blocks > 1:
-        first = _states_side_by_side(powers[L].T, np.ascontiguousarray(inside[:, :, L]))
-        inside[:, :, :L] += np.einsum("rbn,tnk->rbtk", first, np.array(powers[:L]), optimize=True)
-    return inside[:, :, :L].reshape(r, blocks * L, n)[:, :T]
+        first = _states_side_by_side(powers[L], np.ascontiguousarray(x[:, :, L]))
+        carried = first.reshape(-1, n) @ powers[:L].transpose(2, 0, 1).reshape(n, L * n)
+        x = x[:, :, :L] + carried.reshape(r, blocks, L, n)
+    return x[:, :, :L].reshape(r, blocks * L, n)[:, :T]
+
+
+def _powers(F: Array, L: int) -> Array:
+    """I, F, .., F^L, shape (L + 1, n, n)."""
+    powers = np.empty((L + 1, *F.shape))
+    powers[0] = np.eye(len(F))
+    for t in range(L):
+        powers[t + 1] = powers[t] @ F
+    return powers
 
 
 def _least_squares(regressors: Array, target: Array) -> tuple[Array, Array]:
-    """theta (d,) and residual (p, T) for target (p, T), regressors (p, d, T).
+    """theta (d,) and residual (p, T) for target (p, T), regressors (p, T, d).
 
-    Normal equations with scaled columns and two refinements: as accurate as QR for conditions up
-    to about 1e7, and a fraction of its cost. Directions without information are set to zero.
+    Normal equations with scaled columns and a refinement: as accurate as QR for conditions up to
+    about 1e7, and a fraction of its cost. Directions without information are set to zero.
     """
-    gram = sum(block @ block.T for block in regressors)
+    gram = sum(block.T @ block for block in regressors)
     scale = 1 / np.sqrt(np.maximum(np.diag(gram), np.finfo(float).tiny))
     values, vectors = np.linalg.eigh(gram * np.outer(scale, scale))
     inverse = np.where(values > 1e-13 * values[-1], 1 / np.maximum(values, 1e-300), 0.0)
     theta, residual = np.zeros(len(gram)), target
-    for _ in range(3):
-        score = sum(block @ r for block, r in zip(regressors, residual))
+    for _ in range(2):
+        score = sum(r @ block for block, r in zip(regressors, residual))
         theta = theta + scale * (vectors @ (inverse * (vectors.T @ (scale * score))))
-        residual = target - np.array([theta @ block for block in regressors])
+        residual = target - np.array([block @ theta for block in regressors])
     return theta, residual
 
 
