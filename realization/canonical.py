@@ -30,6 +30,7 @@ from realization.decoupling import (
     Block,
     IllConditionedWarning,
     decouple,
+    is_pair,
     orthogonal_split,
     unreachable_rows,
 )
@@ -258,10 +259,16 @@ def _standard_block(block: Block, scale: float) -> tuple[Array, Array, Array]:
     if block.size == 1:
         size = np.linalg.norm(V) * np.sign(V[np.abs(V).argmax(), 0])
         return Ai, L * size, V / size
-    coupling = np.triu(Ai, 1) - np.diag(np.where(np.diag(Ai, -1) != 0, np.diag(Ai, 1), 0), 1)
+    pair = is_pair(Ai)
+    own = (
+        np.diag(np.diag(Ai))
+        + np.diag(np.diag(Ai, 1) * pair, 1)
+        + np.diag(np.diag(Ai, -1) * pair, -1)
+    )
+    coupling = Ai - own
     noise = 1e3 * EPS * scale * np.linalg.norm(L) * np.linalg.norm(V)
     if np.linalg.norm(coupling) <= noise:
-        return Ai - coupling, L, V
+        return own, L, V
     warnings.warn(
         f"modal_form: {block.size} poles near {np.round(block.poles.mean(), 6)} cannot be split in "
         "double precision (a Jordan block, or very close to one); they keep a triangular block",

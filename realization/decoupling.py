@@ -75,8 +75,18 @@ class Block:
 
     @property
     def is_complex(self) -> bool:
-        """True for a single complex pair."""
-        return self.size == 2 and self.poles[0].imag != 0
+        """True for a single complex pair, False also for one that rounding may have torn apart."""
+        return self.size == 2 and bool(is_pair(self.A)[0])
+
+
+def is_pair(A: Array) -> NDArray[np.bool_]:
+    """For each place on the diagonal of a real Schur block: does a genuine complex pair start here?
+
+    A Jordan block comes out of the Schur form as a pair with an entry of the size of rounding
+    errors below the diagonal.
+    """
+    smaller = np.minimum(np.abs(np.diag(A, -1)), np.abs(np.diag(A, 1)))
+    return smaller > EPS / LARGEST_ANGLE * np.linalg.norm(A)
 
 
 def decouple(A: Array) -> list[Block]:
@@ -100,6 +110,7 @@ def decouple(A: Array) -> list[Block]:
 def _decouple_simple(A: Array) -> list[Block]:
     """The blocks from eigenvectors, or [] unless every eigenvalue is well apart from the others."""
     lam, V = np.linalg.eig(A)
+    lam = lam.astype(np.complex128)
     try:
         W = np.linalg.inv(V)
     except np.linalg.LinAlgError:

@@ -133,7 +133,8 @@ def ho_kalman(markov: ArrayLike, order: int | None = None, *, seed: int = 0) -> 
             IllConditionedWarning,
             stacklevel=2,
         )
-    return _realize(U, s, Vt, order, markov[0])
+    U = U[:, :order]
+    return _realize(U, s[:order], Vt, _shift_factors(U, p), markov[0])
 
 
 def _shape(k: int) -> tuple[int, int]:
@@ -146,14 +147,27 @@ def numerical_rank(s: Array, size: int) -> int:
     return int((s > size * EPS * s[0]).sum())
 
 
-def _realize(U: Array, s: Array, Vt: Array, order: int, D: Array) -> StateSpace:
-    """A from the shift of O = U S^{1/2}, B and C from the first blocks of R and O."""
-    p, m = D.shape
-    U, root, Vt = U[:, :order], np.sqrt(s[:order]), Vt[:order]
-    # U[:-p] is solved for before scaling: it is well conditioned, O need not be.
-    shift = np.linalg.lstsq(U[:-p], U[p:], rcond=None)[0]
+def _shift_factors(U: Array, p: int) -> tuple[Array, Array]:
+    """R, E with shift_n = R[:n, :n]^{-1} E[:n, :n], the least-squares solution of
+
+        U[:-p, :n] shift_n = U[p:, :n]
+
+    for every order n at once: leading columns have leading factors.
+    """
+    Q, R = np.linalg.qr(U[:-p])
+    return R, Q.T @ U[p:]
+
+
+def _realize(U: Array, s: Array, Vt: Array, factors: tuple[Array, Array], D: Array) -> StateSpace:
+    """A from the shift of O = U S^{1/2}, B and C from the first blocks of R and O; n = len(s)."""
+    (p, m), n = D.shape, len(s)
+    R, E = factors
+    # The shift of U is solved for before scaling: U is well conditioned, O need not be.
+    shift = np.linalg.lstsq(R[:n, :n], E[:n, :n], rcond=None)[0]
+    root = np.sqrt(s)
     inverse = np.divide(1.0, root, out=np.zeros_like(root), where=root > 0)
-    return StateSpace(inverse[:, None] * shift * root, root[:, None] * Vt[:, :m], U[:p] * root, D)
+    A = inverse[:, None] * shift * root
+    return StateSpace(A, root[:, None] * Vt[:n, :m], U[:p, :n] * root, D)
 
 
 # --- leading singular vectors ---------------------------------------------------------------------
@@ -291,9 +305,10 @@ def _bic(markov: Array, U: Array, s: Array, Vt: Array) -> int:
     largest = min(len(s), max(1, N // (3 * (p + m))), max(1, U.shape[0] // 2), 64)
     # A residual at the level of rounding errors is zero; log(0) must not buy further states.
     floor = (EPS * np.abs(markov).max()) ** 2 * N
+    factors = _shift_factors(U[:, :largest], p)
     best, best_score = 0, N * np.log(max((markov[1:] ** 2).sum(), floor) / N)
     for n in range(1, largest + 1):
-        error = markov - _realize(U, s, Vt, n, markov[0]).markov(k)
+        error = markov - _realize(U, s[:n], Vt, factors, markov[0]).markov(k)
         score = N * np.log(max((error**2).sum(), floor) / N) + n * (p + m) * np.log(N)
         if np.isfinite(score) and score < best_score:
             best, best_score = n, score

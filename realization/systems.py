@@ -99,10 +99,10 @@ class StateSpace:
     array([0., 1., 1., 1.])
     """
 
-    A: Array
-    B: Array
-    C: Array
-    D: Array | None = None
+    A: ArrayLike
+    B: ArrayLike
+    C: ArrayLike
+    D: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         A, B, C = (as_real_array(name, getattr(self, name), 2) for name in "ABC")

@@ -1,0 +1,203 @@
+"""minimal and similarity: what two realizations of one map share, and what they do not."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_systems import (
+    change_of_basis,
+    jordan_system,
+    random_modes,
+    random_system,
+    relative_error,
+    systems,
+)
+
+from realization import StateSpace, minimal, parallel, series, similarity
+from realization.decoupling import _decouple_by_schur, decouple
+
+
+def redundant_system(seed, n, unreachable, unobservable, m, p, condition):
+    """Order n, with that many unreachable and unobservable states, in a basis of that condition."""
+    rng = np.random.default_rng(seed)
+    kept = n - unreachable - unobservable
+    A = rng.standard_normal((n, n))
+    hidden = slice(kept, kept + unobservable)
+    A[kept + unobservable :, : kept + unobservable] = 0  # nothing drives the unreachable states
+    A[:kept, hidden] = 0  # the unobservable states drive no seen state
+    A[kept + unobservable :, hidden] = 0
+    A *= 0.95 / np.abs(np.linalg.eigvals(A)).max()
+    B, C = rng.standard_normal((n, m)), rng.standard_normal((p, n))
+    B[kept + unobservable :] = 0
+    C[:, hidden] = 0
+    sys = StateSpace(A, B, C, rng.standard_normal((p, m)))
+    return sys, sys.transform(change_of_basis(rng, n, condition))
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
+@pytest.mark.parametrize("seed", range(12))
+def test_order_forty_with_ten_unreachable_and_five_unobservable_modes(seed, condition):
+    ports = np.random.default_rng(seed).integers(1, 4, size=2)
+    exact, sys = redundant_system(seed, 40, 10, 5, *ports, condition)
+    reduced = minimal(sys)
+    assert reduced.n == 25
+    # A perturbation of one unit in the last place of sys moves its Markov parameters by about
+    # eps condition^2 times the condition of its modes.
+    assert relative_error(reduced.markov(50), exact.markov(50)) < 1e-10 * condition**1.5
+
+
+@pytest.mark.parametrize("modes", ["real", "oscillating"])
+def test_order_forty_with_modes_side_by_side(modes):
+    rng = np.random.default_rng(0)
+    A = np.diag(np.linspace(-0.95, 0.95, 40)) if modes == "real" else random_modes(rng, 40)
+    pair = np.r_[A[np.arange(39), np.arange(1, 40)] != 0, False]
+    B, C = rng.standard_normal((40, 1)), rng.standard_normal((1, 40))
+    ends = [i for i in (10, 15) if not pair[i - 1]] if modes != "real" else [10, 15]
+    first = ends[0] if ends else 11
+    B[:first], C[0, first : first + 5 + pair[first + 4]] = 0, 0
+    lost = first + 5 + pair[first + 4]
+    sys = StateSpace(A, B, C, [[0.0]]).transform(change_of_basis(rng, 40, 1e4))
+    assert minimal(sys).n == 40 - lost
+
+
+def test_minimal_of_order_forty_takes_milliseconds():
+    _, sys = redundant_system(0, 40, 10, 5, 2, 2, 1e4)
+    A = sys.A
+    ratios = []
+    for _ in range(15):
+        start = time.perf_counter()
+        minimal(sys)
+        middle = time.perf_counter()
+        np.linalg.eig(A)
+        ratios.append((middle - start) / (time.perf_counter() - middle))
+    # One eigenvalue decomposition of this size takes 0.4 ms on an idle core: stay below ten.
+    assert np.median(ratios) < 10
+
+
+@settings(max_examples=40, deadline=None)
+@given(sys=systems())
+def test_a_minimal_system_is_returned_as_it_is(sys):
+    assert minimal(sys) is sys
+
+
+@settings(max_examples=30, deadline=None)
+@given(sys=systems(max_order=6, radius=0.95), seed=st.integers(0, 1000))
+def test_redundant_interconnections_are_seen(sys, seed):
+    T = change_of_basis(np.random.default_rng(seed), 2 * sys.n, 10.0)
+    twice = parallel(sys, sys).transform(T)
+    reduced = minimal(twice)
+    assert reduced.n == sys.n
+    assert relative_error(reduced.markov(20), 2 * sys.markov(20)) < 1e-9
+    negative = StateSpace(sys.A, sys.B, -sys.C, -sys.D)
+    # G - G = 0: in exact arithmetic nothing is left; tol says what counts as nothing.
+    assert minimal(parallel(sys, negative), tol=1e-12).n == 0
+
+
+def test_a_pole_cancelled_by_a_zero_goes():
+    pole = StateSpace([[0.5]], [[1.0]], [[1.0]], [[0.0]])  # 1 / (z - 1/2)
+    zero = StateSpace([[0.2]], [[1.0]], [[-0.3]], [[1.0]])  # (z - 1/2) / (z - 1/5)
+    reduced = minimal(series(pole, zero))
+    assert reduced.n == 1 and np.isclose(reduced.poles[0], 0.2)
+
+
+@pytest.mark.parametrize("condition", [1.0, 100.0])
+def test_defective_modes_are_cut_where_the_input_enters(condition):
+    # In a Jordan block the states below the input are not reached.
+    rng = np.random.default_rng(1)
+    sys = jordan_system(0.5, 4)
+    B = np.zeros((4, 1))
+    B[2] = 1.0
+    cut = StateSpace(sys.A, B, sys.C, sys.D).transform(change_of_basis(rng, 4, condition))
+    assert minimal(cut).n == 3
+    whole = sys.transform(change_of_basis(rng, 4, condition))
+    assert minimal(whole) is whole
+
+
+def test_shift_registers_keep_exactly_the_delay():
+    # x_20 is written, x_3 is read, 40 cells: a delay of 18 steps needs 18 states.
+    A = np.eye(40, k=1)
+    sys = StateSpace(A, np.eye(40)[:, [20]], np.eye(40)[[3]], [[0.0]])
+    assert minimal(sys).n == 18
+    assert minimal(sys.transform(change_of_basis(np.random.default_rng(0), 40, 10.0))).n == 18
+
+
+def test_tol_is_a_relative_perturbation_of_the_data():
+    sys = StateSpace(np.diag([0.9, 0.5]), [[1.0], [1e-6]], [[1.0, 1.0]])
+    assert minimal(sys).n == 2
+    assert minimal(sys, tol=1e-7).n == 2
+    assert minimal(sys, tol=1e-5).n == 1
+
+
+@settings(max_examples=30, deadline=None)
+@given(sys=systems(max_order=8))
+def test_eigenvectors_and_schur_form_split_a_system_alike(sys):
+    fast, slow = decouple(sys.A), _decouple_by_schur(sys.A)
+    for blocks in (fast, slow):
+        L = np.vstack([b.L for b in blocks])
+        V = np.hstack([b.V for b in blocks])
+        assert np.allclose(L @ V, np.eye(sys.n), atol=1e-9)
+        for b in blocks:
+            assert np.allclose(sys.A @ b.V, b.V @ b.A, atol=1e-9 * np.abs(b.V).max())
+    key = [sorted((np.round(b.poles, 6) for b in bs), key=str) for bs in (fast, slow)]
+    assert len(key[0]) == len(key[1])
+
+
+@settings(max_examples=60, deadline=None)
+@given(sys=systems(), seed=st.integers(0, 1000), condition=st.sampled_from([1.0, 10.0, 1e3]))
+def test_similarity_finds_the_change_of_basis(sys, seed, condition):
+    T = change_of_basis(np.random.default_rng(seed), sys.n, condition)
+    found = similarity(sys, sys.transform(T))
+    assert relative_error(found, T) < 1e-9 * condition
+
+
+@pytest.mark.parametrize("n", [20, 40])
+def test_similarity_of_large_systems(n):
+    # Single input, single output: O and R are singular to working precision, the modes are not.
+    rng = np.random.default_rng(n)
+    sys = random_system(n, n, 1, 1)
+    T = change_of_basis(rng, n, 100.0)
+    assert relative_error(similarity(sys, sys.transform(T)), T) < 1e-6
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_similarity_of_defective_and_of_unstable_systems(size):
+    rng = np.random.default_rng(0)
+    T = change_of_basis(rng, size, 10.0)
+    for pole in (0.5, 1.0, 1.7):
+        sys = jordan_system(pole, size)
+        assert relative_error(similarity(sys, sys.transform(T)), T) < 1e-8
+
+
+@settings(max_examples=40, deadline=None)
+@given(sys=systems(), seed=st.integers(0, 1000), which=st.sampled_from("ABCD"))
+def test_similarity_refuses_systems_that_differ_by_a_thousandth(sys, seed, which):
+    rng = np.random.default_rng(seed)
+    moved = sys.transform(change_of_basis(rng, sys.n, 10.0))
+    parts = {name: getattr(moved, name).copy() for name in "ABCD"}
+    if which in "BC" and sys.m == sys.p == 1 and sys.n == 1:
+        which = "A"  # one state, one channel: B and C alone only rescale each other's gain
+    part = parts[which]
+    part += 1e-3 * np.linalg.norm(part) * rng.standard_normal(part.shape) / np.sqrt(part.size)
+    other = StateSpace(**parts)
+    gap = relative_error(other.markov(2 * sys.n + 1), sys.markov(2 * sys.n + 1))
+    if gap < 1e-5:
+        return  # by chance nearly the same map
+    with pytest.raises(ValueError, match="must be equivalent"):
+        similarity(sys, other)
+
+
+def test_similarity_names_what_is_wrong():
+    sys = random_system(0, 3, 2, 1)
+    redundant = StateSpace(np.diag([0.5, 0.2]), [[1.0], [0.0]], [[1.0, 1.0]])
+    for call, word in [
+        (lambda: similarity(sys, sys.dual()), "sys2 must have"),
+        (lambda: similarity(redundant, redundant), "sys1 must be minimal"),
+        (lambda: minimal(sys, tol=0.0), "tol must lie"),
+        (lambda: minimal(sys, tol=2.0), "tol must lie"),
+    ]:
+        with pytest.raises(ValueError, match=word):
+            call()
