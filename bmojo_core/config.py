@@ -97,6 +97,8 @@ class BMojoConfig(PretrainedConfig):
     ssm_norms
         ``None``; ``"learned"`` normalises delta, B and C with weights (Jamba); ``"plain"`` without
         (FalconMamba).
+    ssm_norm_eps
+        The constant in those norms; None means ``norm_eps``.
     num_heads, num_kv_heads, head_dim
         Attention's heads, its key-value heads (grouped-query when fewer), width of a head.
     intermediate_size
@@ -148,6 +150,7 @@ class BMojoConfig(PretrainedConfig):
         dt_rank: int | None = None,
         ssm_intermediate_size: int | None = None,
         ssm_norms: str | None = None,
+        ssm_norm_eps: float | None = None,
         ssm_bias: bool = False,
         conv_bias: bool = True,
         num_heads: int = 4,
@@ -182,6 +185,7 @@ class BMojoConfig(PretrainedConfig):
         _check(self)
         self.layer_types = list(layer_types or ("bmojo",) * num_layers)
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_heads
+        self.ssm_norm_eps = ssm_norm_eps if ssm_norm_eps is not None else norm_eps
         self.memory_chunk = memory_chunk if memory_chunk is not None else window
         self.dt_rank = dt_rank if dt_rank is not None else math.ceil(hidden_size / 16)
         self.ssm_intermediate_size = ssm_intermediate_size or int(expand * hidden_size)
@@ -370,9 +374,10 @@ def _check(c: BMojoConfig) -> None:
         raise ValueError(f"num_kv_heads must divide num_heads {c.num_heads}, got {c.num_kv_heads}")
     if not c.expand * c.hidden_size >= 1:
         raise ValueError(f"expand must be at least 1 / hidden_size, got {c.expand}")
-    for name in ("norm_eps", "initializer_range"):
-        if not 0 < getattr(c, name) < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {getattr(c, name)}")
+    for name in ("norm_eps", "ssm_norm_eps", "initializer_range"):
+        value = getattr(c, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_derived(c: BMojoConfig) -> None:

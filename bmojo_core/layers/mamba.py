@@ -59,7 +59,7 @@ class Mamba(nn.Module):
         plain = config.ssm_norms == "plain"
         self.norms = (
             nn.ModuleList(
-                nn.RMSNorm(s, eps=config.norm_eps, elementwise_affine=not plain) for s in sizes
+                nn.RMSNorm(s, eps=config.ssm_norm_eps, elementwise_affine=not plain) for s in sizes
             )
             if learned or plain
             else None
