@@ -40,7 +40,8 @@ _POINTERS = (
     *("dinitial", "dparams", "dbc", "dB", "dC"),
 )
 _STRIDED = ("u", "delta", "z", "B", "C", "dy")
-_SIZES = ("b", "l", "d", "n", "chunks", "segments", "chunks_per_segment", "softplus", "vectors")
+_WIDE = ("u", "delta", "z", "dy", "y", "du", "ddelta", "dz")  # (b, l, d)
+_SIZES = ("b", "l", "d", "n", "chunks", "segments", "chunks_per_segment")
 
 
 class Params(ctypes.Structure):
@@ -114,7 +115,6 @@ class _Call:
     l: int
     d: int
     n: int
-    softplus: bool
     u_bytes: int
     delta_bytes: int
     defines: tuple[tuple[str, str], ...]
@@ -149,17 +149,17 @@ class _Call:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def launch(
-        self, kernel: str, pass_: str, params: Params, grid: tuple[int, int, int] | None = None
+        self, kernel: str, pass_: str, work: _Work, grid: tuple[int, int, int] | None = None
     ) -> None:
         """Launch one kernel of ``scan_{pass_}.cu``, by default a block per (channels, segment)."""
         shared = self.shared_bytes(pass_)
-        defines = (*self.defines, ("SHARED_BYTES", str(shared)))
+        defines = (("VECTORS", str(int(work.vectors))), ("SHARED_BYTES", str(shared)))
         source = _nvrtc.read_source(
             "_intrinsics.cu", "selective_scan/scan_common.cu", f"selective_scan/scan_{pass_}.cu"
         )
-        module = _nvrtc.load(source, defines, self.device.index)
-        grid = grid or (self.b * self.blocks, params.segments, 1)
-        module.launch(kernel, grid, self.tiling.threads, shared, params)
+        module = _nvrtc.load(source, self.defines + defines, self.device.index)
+        grid = grid or (self.b * self.blocks, work.params.segments, 1)
+        module.launch(kernel, grid, self.tiling.threads, shared, work.params)
 
 
 @lru_cache(maxsize=16)
@@ -167,25 +167,32 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _fill(call: _Call, tensors: dict[str, Tensor | None], resident: int) -> Params:
-    """The kernels' parameters. ``vectors``: every row can be moved 16 bytes at a time."""
-    segments, per_segment = call.segments(resident)
-    params = Params(b=call.b, l=call.l, d=call.d, n=call.n, softplus=int(call.softplus))
-    params.chunks, params.segments, params.chunks_per_segment = call.chunks, segments, per_segment
-    vectors = True
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        setattr(params, name, tensor.data_ptr())
-        if name in _STRIDED:
-            setattr(params, f"{name}_b", tensor.stride(0))
-            setattr(params, f"{name}_l", tensor.stride(1))
-        if name in ("u", "delta", "z", "dy", "y", "du", "ddelta", "dz"):
-            size = tensor.element_size()
-            steps = (tensor.data_ptr(), tensor.stride(0) * size, tensor.stride(1) * size)
-            vectors &= all(step % 16 == 0 for step in steps) and call.d * size % 16 == 0
-    params.vectors = int(vectors)
-    return params
+@dataclass(frozen=True)
+class _Work:
+    """What a launch is given: its parameters, and whether rows can be moved 16 bytes at a time."""
+
+    params: Params
+    vectors: bool
+
+    @staticmethod
+    def of(call: _Call, tensors: dict[str, Tensor | None], resident: int) -> _Work:
+        segments, per_segment = call.segments(resident)
+        params = Params(b=call.b, l=call.l, d=call.d, n=call.n, chunks=call.chunks)
+        params.segments, params.chunks_per_segment = segments, per_segment
+        vectors = True
+        for name, tensor in tensors.items():
+            if tensor is None:
+                continue
+            setattr(params, name, tensor.data_ptr())
+            if name in _STRIDED:
+                setattr(params, f"{name}_b", tensor.stride(0))
+                setattr(params, f"{name}_l", tensor.stride(1))
+            if name in _WIDE:
+                size = tensor.element_size()
+                strides = (tensor.stride(0), tensor.stride(1), call.d)
+                steps = (tensor.data_ptr(), *(size * stride for stride in strides))
+                vectors &= all(step % 16 == 0 for step in steps)
+        return _Work(params, vectors)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
@@ -202,7 +209,7 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, u, delta, A, B, C, D, z, bias, initial, softplus, differentiable):
-        call = _describe(u, delta, A, B, softplus)
+        call = _describe(u, delta, A, B, z, bias, softplus)
         t = call.tiling
         inputs = dict(u=_rows(u), delta=_rows(delta), z=_rows(z), B=_rows(B), C=_rows(C))
         inputs |= dict(A=_float(A), D=_float(D), bias=_float(bias), initial=_float(initial))
@@ -216,11 +223,11 @@ class _SelectiveScan(torch.autograd.Function):
         if segments > 1:
             work["segment_state"] = call.empty(call.b, segments, call.d, t.n_pad)
             work["segment_time"] = call.empty(call.b, segments, call.d)
-        params = _fill(call, work, FORWARD_RESIDENT)
+        launched = _Work.of(call, work, FORWARD_RESIDENT)
         if segments > 1:
             first = (call.b * call.blocks, segments - 1, 1)  # nobody needs what the last one adds
-            call.launch("scan_segment_states", "forward", params, first)
-        call.launch("scan_outputs", "forward", params)
+            call.launch("scan_segment_states", "forward", launched, first)
+        call.launch("scan_outputs", "forward", launched)
         ctx.set_materialize_grads(False)
         if differentiable:
             ctx.call = call
@@ -254,12 +261,12 @@ class _SelectiveScan(torch.autograd.Function):
         if segments > 1:
             work["segment_state"] = call.empty(call.b, segments, call.d, t.n_pad)
             work["segment_time"] = call.empty(call.b, segments, call.d)
-        params = _fill(call, work, BACKWARD_RESIDENT)
+        launched = _Work.of(call, work, BACKWARD_RESIDENT)
         if segments > 1:
-            call.launch("scan_segment_gradients", "backward", params)
-        call.launch("scan_gradients", "backward", params)
+            call.launch("scan_segment_gradients", "backward", launched)
+        call.launch("scan_gradients", "backward", launched)
         sums = -(-call.b * call.l * 2 * t.n_pad // t.threads)
-        call.launch("scan_sum_over_channels", "backward", params, (sums, 1, 1))
+        call.launch("scan_sum_over_channels", "backward", launched, (sums, 1, 1))
         return (*_gradients(call, work, ctx.dtypes), None, None)
 
 
@@ -280,16 +287,26 @@ FORWARD_RESIDENT = 4  # blocks of the forward kernel that a multiprocessor holds
 BACKWARD_RESIDENT = 2
 
 
-def _describe(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, softplus: bool) -> _Call:
+def _describe(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softplus: bool,
+) -> _Call:
     (b, l, d), n = u.shape, A.shape[-1]
     defines = (
         ("U_T", ELEMENT[u.dtype]),
         ("DELTA_T", ELEMENT[delta.dtype]),
         ("BC_T", ELEMENT[B.dtype]),
         ("LANES_N", str(tiling(n).lanes_n)),
+        ("HAS_Z", str(int(z is not None))),
+        ("HAS_BIAS", str(int(bias is not None))),
+        ("SOFTPLUS", str(int(softplus))),
     )
-    sizes = u.element_size(), delta.element_size()
-    return _Call(b, l, d, n, softplus, *sizes, defines, u.device)
+    return _Call(b, l, d, n, u.element_size(), delta.element_size(), defines, u.device)
 
 
 def selective_scan_gpu(

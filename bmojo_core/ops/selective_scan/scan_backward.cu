@@ -57,33 +57,51 @@ __device__ __forceinline__ int first_kind(int lane) {
   return first;
 }
 
-// Everything the backward walk reads of steps t0 .. t0 + CHUNK, prepared once for all threads.
+// What the backward walk reads: row 0 of each tensor at this thread's channels, and how many exist.
+struct Inputs {
+  const U_T *u, *z, *dy;
+  const DELTA_T* delta;
+  int count;
+
+  __device__ __forceinline__ Inputs(const Params& p, int batch, int channel) {
+    u = rows_of<U_T>(p.u, p.u_b, batch, channel);
+    dy = rows_of<U_T>(p.dy, p.dy_b, batch, channel);
+    if (HAS_Z) z = rows_of<U_T>(p.z, p.z_b, batch, channel);
+    delta = rows_of<DELTA_T>(p.delta, p.delta_b, batch, channel);
+    count = channels_at(p, channel);
+  }
+};
+
+// Everything the walk needs of steps t0 .. t0 + CHUNK, prepared once for all threads.
 template <bool MAIN>
 __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, BackwardShared& s,
-                                              int t0) {
+                                              const Inputs& in, float2 bias, int t0) {
+  int c = threadIdx.x % PAIRS * CHANNELS, first = threadIdx.x / PAIRS;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < CHUNK * BLOCK_C / 2; i += THREADS) {
-    int t = i / (BLOCK_C / 2), c = i % (BLOCK_C / 2) * 2, channel = w.block * BLOCK_C + c;
-    bool in0 = t0 + t < w.end && channel < p.d, in1 = in0 && channel + 1 < p.d;
-    float2 raw = read_pair<DELTA_T>(p, p.delta, p.delta_b, p.delta_l, w.batch, t0 + t, channel);
-    float2 dy = read_pair<U_T>(p, p.dy, p.dy_b, p.dy_l, w.batch, t0 + t, channel);
-    float2 u = make_float2(0.f, 0.f);
-    if (MAIN) u = read_pair<U_T>(p, p.u, p.u_b, p.u_l, w.batch, t0 + t, channel);
-    if (p.z) {
-      float2 z = read_pair<U_T>(p, p.z, p.z_b, p.z_l, w.batch, t0 + t, channel);
-      dy.x *= z.x * sigmoid(z.x);
-      dy.y *= z.y * sigmoid(z.y);
+  for (int t = first; t < CHUNK; t += LANES_N) {
+    long long row = t0 + t;
+    int count = row < w.end ? in.count : 0;
+    float2 raw = read_pair(in.delta + row * p.delta_l, count);
+    float2 dy = read_pair(in.dy + row * p.dy_l, count), u = make_float2(0.f, 0.f);
+    if (MAIN) u = read_pair(in.u + row * p.u_l, count);
+    if (HAS_Z) {
+      float2 z = read_pair(in.z + row * p.z_l, count);
+      dy.x *= silu(z.x);
+      dy.y *= silu(z.y);
     }
-    float d0 = step_size(p, raw.x, p.bias && in0 ? p.bias[channel] : 0.f, in0);
-    float d1 = step_size(p, raw.y, p.bias && in1 ? p.bias[channel + 1] : 0.f, in1);
+    float d0 = count > 0 ? step_size(raw.x + bias.x) : 0.f;
+    float d1 = count > 1 ? step_size(raw.y + bias.y) : 0.f;
     *reinterpret_cast<float4*>(&s.step[t][c]) = make_float4(d0, d0 * u.x, d1, d1 * u.y);
-    *reinterpret_cast<float2*>(&s.dy[t][c]) =
-        make_float2(in0 ? dy.x : 0.f, in1 ? dy.y : 0.f);
+    *reinterpret_cast<float2*>(&s.dy[t][c]) = dy;
   }
-  for (int i = threadIdx.x; i < CHUNK * N_PAD; i += THREADS) {
-    int t = t0 + i / N_PAD, n = i % N_PAD;
-    if (MAIN) (&s.B[0][0])[i] = read_bc(p, p.B, p.B_b, p.B_l, w.batch, t, n);
-    (&s.C[0][0])[i] = read_bc(p, p.C, p.C_b, p.C_l, w.batch, t, n);
+  int n = threadIdx.x % N_PAD;
+  const BC_T* B = rows_of<BC_T>(p.B, p.B_b, w.batch, n);
+  const BC_T* C = rows_of<BC_T>(p.C, p.C_b, w.batch, n);
+#pragma unroll 4
+  for (int t = threadIdx.x / N_PAD; t < CHUNK; t += THREADS / N_PAD) {
+    bool inside = n < p.n && t0 + t < w.end;
+    if (MAIN) s.B[t][n] = inside ? to_float(B[(t0 + t) * p.B_l]) : 0.f;
+    s.C[t][n] = inside ? to_float(C[(t0 + t) * p.C_l]) : 0.f;
   }
 }
 
@@ -94,9 +112,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_segment_gradients(con
   if (w.segment == 0) return;
   float A[CHANNELS][STATES], g[CHANNELS][STATES] = {}, time[CHANNELS] = {};
   load_A(p, w, A);
+  int shared_c = w.block * BLOCK_C + threadIdx.x % PAIRS * CHANNELS;
+  Inputs in(p, w.batch, shared_c);
+  float2 bias = bias_at(p, shared_c);
   for (int t0 = w.begin + (w.end - 1 - w.begin) / CHUNK * CHUNK; t0 >= w.begin; t0 -= CHUNK) {
     __syncthreads();
-    prepare_chunk<false>(p, w, s, t0);
+    prepare_chunk<false>(p, w, s, in, bias, t0);
     __syncthreads();
 #pragma unroll 8
     for (int t = CHUNK - 1; t >= 0; --t) {
@@ -121,59 +142,86 @@ struct Sums {  // over this thread's time steps
   float A[CHANNELS][STATES], D[CHANNELS], bias[CHANNELS];
 };
 
+// Where the gradients of the steps and channels whose sums this lane owns go.
+struct Outputs {
+  U_T *du, *dz;
+  DELTA_T* ddelta;
+  int count;
+
+  __device__ __forceinline__ Outputs(const Params& p, const Place& w) {
+    long long at = static_cast<long long>(w.batch) * p.l * p.d + w.channel;
+    du = static_cast<U_T*>(p.du) + at;
+    ddelta = static_cast<DELTA_T*>(p.ddelta) + at;
+    if (HAS_Z) dz = static_cast<U_T*>(p.dz) + at;
+    count = w.lane_n < GROUP ? channels_at(p, w.channel) : 0;
+  }
+};
+
+// What a lane reads early and uses last: inputs of the steps it owns.
+struct Owned {
+  float2 u[OWNED], z[OWNED], dout[OWNED];
+
+  __device__ __forceinline__ Owned(const Params& p, const Place& w, const Inputs& in, int t0) {
+#pragma unroll
+    for (int i = 0; i < OWNED; ++i) {
+      long long t = t0 + first_owned(w.lane) + i;
+      int count = t < w.end ? in.count : 0;
+      u[i] = read_pair(in.u + t * p.u_l, count);
+      if (HAS_Z) z[i] = read_pair(in.z + t * p.z_l, count);
+      if (HAS_Z) dout[i] = read_pair(in.dy + t * p.dy_l, count);
+    }
+  }
+};
+
 // Gradients of u, delta and z for the steps and the two channels whose sums this lane owns.
-__device__ __forceinline__ void finish_steps(const Params& p, const Place& w, BackwardShared& s,
-                                             int t0, int group, const float (&D)[CHANNELS],
+__device__ __forceinline__ void finish_steps(const Params& p, const Place& w,
+                                             const BackwardShared& s, const Outputs& out,
+                                             const Owned& own, int t0, int group,
+                                             const float (&D)[CHANNELS],
                                              const float (&y)[CHANNELS][GROUP],
                                              const float (&dstep)[CHANNELS][GROUP],
-                                             const float (&dtime)[CHANNELS][GROUP], Sums& sums,
-                                             const float2 (&u)[OWNED], const float2 (&z)[OWNED],
-                                             const float2 (&dout)[OWNED]) {
+                                             const float (&dtime)[CHANNELS][GROUP], Sums& sums) {
 #pragma unroll
   for (int i = 0; i < OWNED; ++i) {
     int t = group * GROUP + first_owned(w.lane) + i;
+    if (t0 + t >= w.end) continue;
     float4 step = *reinterpret_cast<const float4*>(&s.step[t][w.local_c]);
     float2 dy2 = *reinterpret_cast<const float2*>(&s.dy[t][w.local_c]);
     const float delta[CHANNELS] = {step.x, step.z}, dy[CHANNELS] = {dy2.x, dy2.y};
-    const float uu[CHANNELS] = {u[i].x, u[i].y}, zz[CHANNELS] = {z[i].x, z[i].y};
-    const float dd[CHANNELS] = {dout[i].x, dout[i].y};
-    float du[CHANNELS], ddelta[CHANNELS], dz[CHANNELS];
+    const float u[CHANNELS] = {own.u[i].x, own.u[i].y};
+    float du[CHANNELS], ddelta[CHANNELS];
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       du[c] = delta[c] * dstep[c][i] + D[c] * dy[c];
-      ddelta[c] = uu[c] * dstep[c][i] + LN_2 * dtime[c][i];
-      if (p.softplus) ddelta[c] *= softplus_slope(delta[c]);
-      float gate = sigmoid(zz[c]);
-      dz[c] = dd[c] * (y[c][i] + D[c] * uu[c]) * gate * (1.f + zz[c] * (1.f - gate));
-      if (t0 + t < w.end) {
-        sums.D[c] += dy[c] * uu[c];
-        sums.bias[c] += ddelta[c];
-      }
+      ddelta[c] = u[c] * dstep[c][i] + LN_2 * dtime[c][i];
+      if (SOFTPLUS) ddelta[c] *= softplus_slope(delta[c]);
+      sums.D[c] += dy[c] * u[c];
+      sums.bias[c] += ddelta[c];
     }
-    if (t0 + t >= w.end) continue;
-    write_pair<U_T>(p, p.du, w.batch, t0 + t, w.channel, du[0], du[1]);
-    write_pair<DELTA_T>(p, p.ddelta, w.batch, t0 + t, w.channel, ddelta[0], ddelta[1]);
-    if (p.z) write_pair<U_T>(p, p.dz, w.batch, t0 + t, w.channel, dz[0], dz[1]);
+    long long row = static_cast<long long>(t0 + t) * p.d;
+    write_pair(out.du + row, out.count, du[0], du[1]);
+    write_pair(out.ddelta + row, out.count, ddelta[0], ddelta[1]);
+    if (!HAS_Z) continue;
+    const float z[CHANNELS] = {own.z[i].x, own.z[i].y};
+    const float dout[CHANNELS] = {own.dout[i].x, own.dout[i].y};
+    float dz[CHANNELS];
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      float gate = sigmoid(z[c]);
+      dz[c] = dout[c] * (y[c][i] + D[c] * u[c]) * gate * (1.f + z[c] * (1.f - gate));
+    }
+    write_pair(out.dz + row, out.count, dz[0], dz[1]);
   }
 }
 
 // One group of steps: rebuild its states, walk backward, hand out the sums.
 __device__ __forceinline__ void group_backward(const Params& p, const Place& w, BackwardShared& s,
-                                               int t0, int group, const float (&A)[CHANNELS][STATES],
+                                               const Inputs& in, const Outputs& out, int t0,
+                                               int group, const float (&A)[CHANNELS][STATES],
                                                const float (&D)[CHANNELS],
                                                const float (&start)[CHANNELS][STATES],
                                                float (&g)[CHANNELS][STATES], Sums& sums) {
-  float2 u[OWNED], z[OWNED], dout[OWNED];  // read early, used last
-#pragma unroll
-  for (int i = 0; i < OWNED; ++i) {
-    int t = t0 + group * GROUP + first_owned(w.lane) + i;
-    u[i] = read_pair<U_T>(p, p.u, p.u_b, p.u_l, w.batch, t, w.channel);
-    z[i] = dout[i] = make_float2(0.f, 0.f);
-    if (p.z) {
-      z[i] = read_pair<U_T>(p, p.z, p.z_b, p.z_l, w.batch, t, w.channel);
-      dout[i] = read_pair<U_T>(p, p.dy, p.dy_b, p.dy_l, w.batch, t, w.channel);
-    }
-  }
+  Owned own(p, w, in, t0 + group * GROUP);
   float x[GROUP][CHANNELS][STATES], a[GROUP][CHANNELS][STATES];
   float y[CHANNELS][GROUP], dstep[CHANNELS][GROUP], dtime[CHANNELS][GROUP];
 #pragma unroll
@@ -195,7 +243,7 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
       }
     }
   }
-  if (p.z) {
+  if (HAS_Z) {
     sum_over_states(y[0], w.lane);
     sum_over_states(y[1], w.lane);
   }
@@ -240,8 +288,7 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
     sum_over_states(dstep[c], w.lane);
     sum_over_states(dtime[c], w.lane);
   }
-  if (w.lane_n < GROUP)
-    finish_steps(p, w, s, t0, group, D, y, dstep, dtime, sums, u, z, dout);
+  finish_steps(p, w, s, out, own, t0, group, D, y, dstep, dtime, sums);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) scan_gradients(const Params p) {
@@ -253,9 +300,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_gradients(const Param
   enter_segment<true>(p, w, p.dlast, A, g);
   for (int c = 0; c < CHANNELS; ++c)
     if (p.D && w.channel + c < p.d) D[c] = p.D[w.channel + c];
+  int shared_c = w.block * BLOCK_C + threadIdx.x % PAIRS * CHANNELS;
+  float2 bias = bias_at(p, shared_c);
+  Inputs to_prepare(p, w.batch, shared_c), in(p, w.batch, w.channel);
+  Outputs out(p, w);
 
   for (int t0 = w.begin + (w.end - 1 - w.begin) / CHUNK * CHUNK; t0 >= w.begin; t0 -= CHUNK) {
-    prepare_chunk<true>(p, w, s, t0);
+    prepare_chunk<true>(p, w, s, to_prepare, bias, t0);
     float x[CHANNELS][STATES] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
@@ -292,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_gradients(const Param
           x[c][0] = state.x, x[c][1] = state.y, x[c][2] = state.z, x[c][3] = state.w;
         }
       }
-      group_backward(p, w, s, t0, group, A, D, x, g, sums);
+      group_backward(p, w, s, in, out, t0, group, A, D, x, g, sums);
       __syncthreads();
       long long row = (static_cast<long long>(w.block) * p.b + w.batch) * p.l + t0 + group * GROUP;
       for (int i = threadIdx.x; i < GROUP * 2 * N_PAD; i += THREADS) {

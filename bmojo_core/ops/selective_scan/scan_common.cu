@@ -9,7 +9,8 @@
 // and chunks are grouped into segments, one block each, where batch x channels alone would leave
 // the chip idle.
 //
-// Defined by the host: U_T (u, z, y), DELTA_T, BC_T (element types), LANES_N (a power of two).
+// Defined by the host: U_T (u, z, y), DELTA_T, BC_T (element types), LANES_N (a power of two),
+// HAS_Z, HAS_BIAS, SOFTPLUS, and VECTORS (every row can be moved 16 bytes at a time).
 
 constexpr int STATES = 4;
 constexpr int CHANNELS = 2;
@@ -20,6 +21,7 @@ constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCK_C = WARPS * LANES_C * CHANNELS;
 constexpr int CHUNK = 64;
 constexpr int GROUP = 8;  // steps whose sums over the states are formed together
+constexpr int PAIRS = BLOCK_C / CHANNELS;  // a block's channels, two by two
 constexpr int OWNED = LANES_N >= GROUP ? 1 : GROUP / LANES_N;
 
 constexpr float LOG2_E = 1.4426950408889634f;
@@ -37,7 +39,7 @@ struct Params {
   float *dinitial, *dparams, *dbc;  // (b, d, n); (b, segments, d, N_PAD + 2); (d blocks, b, l, 2 N_PAD)
   void *dB, *dC;
   long long u_b, u_l, delta_b, delta_l, z_b, z_l, B_b, B_l, C_b, C_l, dy_b, dy_l;
-  int b, l, d, n, chunks, segments, chunks_per_segment, softplus, vectors;
+  int b, l, d, n, chunks, segments, chunks_per_segment;
 };
 
 struct Place {  // where this thread works
@@ -174,43 +176,45 @@ __device__ __forceinline__ void store_segment(const Params& p, const Place& w,
   }
 }
 
-// Two neighbouring channels of one time step, as floats; zero outside.
+// Row 0 of this batch's (l, width) matrix, at a column.
 template <class T>
-__device__ __forceinline__ float2 read_pair(const Params& p, const void* base, long long b_stride,
-                                            long long l_stride, int batch, int t, int channel) {
-  float2 v = make_float2(0.f, 0.f);
-  if (t >= p.l || channel >= p.d) return v;
-  const T* at = static_cast<const T*>(base) + batch * b_stride + t * l_stride + channel;
-  if (p.vectors) return load_pair(at);
-  v.x = to_float(at[0]);
-  if (channel + 1 < p.d) v.y = to_float(at[1]);
-  return v;
+__device__ __forceinline__ const T* rows_of(const void* base, long long b_stride, int batch,
+                                            int column) {
+  return static_cast<const T*>(base) + batch * b_stride + column;
 }
 
-// The same, written to a contiguous (b, l, d) tensor.
+// How many of a thread's two neighbouring channels exist: 0, 1 or 2 (with VECTORS never 1).
+__device__ __forceinline__ int channels_at(const Params& p, int channel) {
+  return min(max(p.d - channel, 0), CHANNELS);
+}
+
 template <class T>
-__device__ __forceinline__ void write_pair(const Params& p, void* base, int batch, int t,
-                                           int channel, float first, float second) {
-  if (t >= p.l || channel >= p.d) return;
-  T* at = static_cast<T*>(base) + (static_cast<long long>(batch) * p.l + t) * p.d + channel;
-  if (p.vectors) {
+__device__ __forceinline__ float2 read_pair(const T* at, int count) {
+  if (count == 0) return make_float2(0.f, 0.f);
+  if (VECTORS) return load_pair(at);
+  return make_float2(to_float(at[0]), count > 1 ? to_float(at[1]) : 0.f);
+}
+
+template <class T>
+__device__ __forceinline__ void write_pair(T* at, int count, float first, float second) {
+  if (count == 0) return;
+  if (VECTORS) {
     Pair<T> v;
     put(v.first, first);
     put(v.second, second);
     *reinterpret_cast<Pair<T>*>(at) = v;
   } else {
     put(at[0], first);
-    if (channel + 1 < p.d) put(at[1], second);
+    if (count > 1) put(at[1], second);
   }
 }
 
-__device__ __forceinline__ float read_bc(const Params& p, const void* base, long long b_stride,
-                                         long long l_stride, int batch, int t, int n) {
-  if (t >= p.l || n >= p.n) return 0.f;
-  return to_float(static_cast<const BC_T*>(base)[batch * b_stride + t * l_stride + n]);
+__device__ __forceinline__ float2 bias_at(const Params& p, int channel) {
+  if (!HAS_BIAS) return make_float2(0.f, 0.f);
+  int count = channels_at(p, channel);
+  return make_float2(count > 0 ? p.bias[channel] : 0.f, count > 1 ? p.bias[channel + 1] : 0.f);
 }
 
-__device__ __forceinline__ float step_size(const Params& p, float raw, float bias, bool inside) {
-  float x = raw + bias;
-  return inside ? (p.softplus ? softplus(x) : x) : 0.f;
-}
+__device__ __forceinline__ float step_size(float x) { return SOFTPLUS ? softplus(x) : x; }
+
+__device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }

@@ -16,66 +16,72 @@ static_assert(sizeof(ForwardShared) == SHARED_BYTES, "the host counts the same b
 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
+// The first `rows` rows and `columns` columns of a tile; the rest of `to` stays as it is.
 template <class T>
-__device__ __forceinline__ void copy_tile(const Params& p, const Place& w, T (&to)[TILE][BLOCK_C],
-                                          const void* base, long long b_stride,
-                                          long long l_stride, int t0) {
-  const T* from = static_cast<const T*>(base) + w.batch * b_stride;
-  int c0 = w.block * BLOCK_C;
-  constexpr int WIDTH = 16 / sizeof(T);
-  if (p.vectors) {
-    for (int i = threadIdx.x; i < TILE * BLOCK_C / WIDTH; i += THREADS) {
-      int t = i / (BLOCK_C / WIDTH), c = i % (BLOCK_C / WIDTH) * WIDTH;
-      if (t0 + t < w.end && c0 + c < p.d)
-        copy_async_16(&to[t][c], from + (t0 + t) * l_stride + c0 + c);
-    }
-  } else {
-    for (int i = threadIdx.x; i < TILE * BLOCK_C; i += THREADS) {
-      int t = i / BLOCK_C, c = i % BLOCK_C;
-      if (t0 + t < w.end && c0 + c < p.d) to[t][c] = from[(t0 + t) * l_stride + c0 + c];
+__device__ __forceinline__ void copy_tile(T (&to)[TILE][BLOCK_C], const T* from, long long stride,
+                                          int rows, int columns) {
+  constexpr int WIDTH = VECTORS ? 16 / sizeof(T) : CHANNELS;
+  constexpr int PER_ROW = BLOCK_C / WIDTH, STEP = THREADS / PER_ROW;
+  int c = threadIdx.x % PER_ROW * WIDTH, first = threadIdx.x / PER_ROW;
+#pragma unroll
+  for (int k = 0; k < (TILE + STEP - 1) / STEP; ++k) {
+    int t = first + k * STEP;
+    if (t >= min(TILE, rows)) break;
+    const T* at = from + t * stride + c;
+    if (VECTORS) {
+      if (c < columns) copy_async_16(&to[t][c], at);
+    } else {
+#pragma unroll
+      for (int i = 0; i < WIDTH; ++i)
+        if (c + i < columns) to[t][c + i] = at[i];
     }
   }
 }
 
+// Where a block's tiles come from, and its tile of B and C while it is on its way.
 template <bool OUTPUT>
-__device__ __forceinline__ void scan_segment(const Params& p) {
-  ForwardShared& s = *reinterpret_cast<ForwardShared*>(shared_bytes);
-  Place w = locate(p);
-  float A[CHANNELS][STATES], x[CHANNELS][STATES] = {}, time[CHANNELS] = {};
-  float D[CHANNELS] = {};
-  load_A(p, w, A);
-  if (OUTPUT) {
-    enter_segment<false>(p, w, p.initial, A, x);
-    for (int c = 0; c < CHANNELS; ++c)
-      if (p.D && w.channel + c < p.d) D[c] = p.D[w.channel + c];
+struct Source {
+  const U_T *u, *z;
+  const DELTA_T* delta;
+  const BC_T *B, *C;
+  float B_next[BC_PER_THREAD], C_next[BC_PER_THREAD];
+
+  __device__ __forceinline__ Source(const Params& p, const Place& w) {
+    int column = w.block * BLOCK_C, n = min(static_cast<int>(threadIdx.x) % N_PAD, p.n - 1);
+    u = rows_of<U_T>(p.u, p.u_b, w.batch, column);
+    delta = rows_of<DELTA_T>(p.delta, p.delta_b, w.batch, column);
+    if (HAS_Z) z = rows_of<U_T>(p.z, p.z_b, w.batch, column);
+    B = rows_of<BC_T>(p.B, p.B_b, w.batch, n);
+    C = rows_of<BC_T>(p.C, p.C_b, w.batch, n);
   }
 
-  float B_next[BC_PER_THREAD], C_next[BC_PER_THREAD];
-  auto fetch = [&](int t0, int stage) {
-    copy_tile(p, w, s.u[stage], p.u, p.u_b, p.u_l, t0);
-    copy_tile(p, w, s.delta[stage], p.delta, p.delta_b, p.delta_l, t0);
-    if (OUTPUT && p.z) copy_tile(p, w, s.z[stage], p.z, p.z_b, p.z_l, t0);
+  __device__ __forceinline__ void request(const Params& p, const Place& w, ForwardShared& s,
+                                          int t0, int stage) {
+    int rows = w.end - t0, columns = p.d - w.block * BLOCK_C;
+    copy_tile(s.u[stage], u + t0 * p.u_l, p.u_l, rows, columns);
+    copy_tile(s.delta[stage], delta + t0 * p.delta_l, p.delta_l, rows, columns);
+    if (OUTPUT && HAS_Z) copy_tile(s.z[stage], z + t0 * p.z_l, p.z_l, rows, columns);
+    bool inside = threadIdx.x % N_PAD < p.n;
 #pragma unroll
     for (int k = 0; k < BC_PER_THREAD; ++k) {
-      int i = k * THREADS + threadIdx.x, t = t0 + i / N_PAD, n = i % N_PAD;
-      if (i >= TILE * N_PAD) break;
-      B_next[k] = read_bc(p, p.B, p.B_b, p.B_l, w.batch, t, n);
-      if (OUTPUT) C_next[k] = read_bc(p, p.C, p.C_b, p.C_l, w.batch, t, n);
+      int t = threadIdx.x / N_PAD + k * (THREADS / N_PAD);
+      bool here = inside && t < rows;
+      B_next[k] = here ? to_float(B[(t0 + t) * p.B_l]) : 0.f;
+      if (OUTPUT) C_next[k] = here ? to_float(C[(t0 + t) * p.C_l]) : 0.f;
     }
-  };
+  }
 
-  fetch(w.begin, 0);
-  for (int t0 = w.begin, stage = 0; t0 < w.end; t0 += TILE, stage ^= 1) {
-    copy_async_wait();
-    __syncthreads();
-    for (int i = threadIdx.x; i < TILE * BLOCK_C / 2; i += THREADS) {
-      int t = i / (BLOCK_C / 2), c = i % (BLOCK_C / 2) * 2, channel = w.block * BLOCK_C + c;
-      bool in0 = t0 + t < w.end && channel < p.d, in1 = in0 && channel + 1 < p.d;
+  // (delta, delta u) and B, C of the tile that has arrived, once for all threads.
+  __device__ __forceinline__ void prepare(ForwardShared& s, int stage, int rows, float2 bias) {
+    int c = threadIdx.x % PAIRS * CHANNELS, first = threadIdx.x / PAIRS;
+#pragma unroll
+    for (int k = 0; k < TILE / LANES_N; ++k) {
+      int t = first + k * LANES_N;
       float2 raw = load_pair(&s.delta[stage][t][c]), u = load_pair(&s.u[stage][t][c]);
-      float d0 = step_size(p, raw.x, p.bias && in0 ? p.bias[channel] : 0.f, in0);
-      float d1 = step_size(p, raw.y, p.bias && in1 ? p.bias[channel + 1] : 0.f, in1);
-      *reinterpret_cast<float4*>(&s.step[t][c]) =
-          make_float4(d0, in0 ? d0 * u.x : 0.f, d1, in1 ? d1 * u.y : 0.f);
+      float d0 = step_size(raw.x + bias.x), d1 = step_size(raw.y + bias.y);
+      float4 step = make_float4(d0, d0 * u.x, d1, d1 * u.y);
+      if (t >= rows) step = make_float4(0.f, 0.f, 0.f, 0.f);
+      *reinterpret_cast<float4*>(&s.step[t][c]) = step;
     }
 #pragma unroll
     for (int k = 0; k < BC_PER_THREAD; ++k) {
@@ -84,57 +90,89 @@ __device__ __forceinline__ void scan_segment(const Params& p) {
       (&s.B[0][0])[i] = B_next[k];
       if (OUTPUT) (&s.C[0][0])[i] = C_next[k];
     }
+  }
+};
+
+// GROUP steps: the states move on, y becomes each thread's share of C_t x_t.
+template <bool OUTPUT>
+__device__ __forceinline__ void walk_group(const Place& w, const ForwardShared& s, int first,
+                                           const float (&A)[CHANNELS][STATES],
+                                           float (&x)[CHANNELS][STATES],
+                                           float (&time)[CHANNELS],
+                                           float (&y)[CHANNELS][GROUP]) {
+#pragma unroll
+  for (int t = 0; t < GROUP; ++t) {
+    float4 step = *reinterpret_cast<const float4*>(&s.step[first + t][w.local_c]);
+    float4 b4 = reinterpret_cast<const float4*>(s.B[first + t])[w.lane_n];
+    float4 c4 = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (OUTPUT) c4 = reinterpret_cast<const float4*>(s.C[first + t])[w.lane_n];
+    const float B[STATES] = {b4.x, b4.y, b4.z, b4.w}, C[STATES] = {c4.x, c4.y, c4.z, c4.w};
+    const float delta[CHANNELS] = {step.x, step.z}, du[CHANNELS] = {step.y, step.w};
+#pragma unroll
+    for (int c = 0; c < CHANNELS; ++c) {
+      y[c][t] = 0.f;
+      if (!OUTPUT) time[c] += delta[c];
+#pragma unroll
+      for (int j = 0; j < STATES; ++j) {
+        x[c][j] = exp2_fast(delta[c] * A[c][j]) * x[c][j] + du[c] * B[j];
+        if (OUTPUT) y[c][t] += C[j] * x[c][j];
+      }
+    }
+  }
+}
+
+template <bool OUTPUT>
+__device__ __forceinline__ void scan_segment(const Params& p) {
+  ForwardShared& s = *reinterpret_cast<ForwardShared*>(shared_bytes);
+  Place w = locate(p);
+  float A[CHANNELS][STATES], x[CHANNELS][STATES] = {}, time[CHANNELS] = {}, D[CHANNELS] = {};
+  load_A(p, w, A);
+  if (OUTPUT) {
+    enter_segment<false>(p, w, p.initial, A, x);
+    for (int c = 0; c < CHANNELS; ++c)
+      if (p.D && w.channel + c < p.d) D[c] = p.D[w.channel + c];
+  }
+  // lanes beyond the first GROUP of a channel only repeat what those hold: they write nothing
+  int count = w.lane_n < GROUP ? channels_at(p, w.channel) : 0, mine = first_owned(w.lane);
+  float2 bias = bias_at(p, w.block * BLOCK_C + threadIdx.x % PAIRS * CHANNELS);
+  U_T* y_rows = static_cast<U_T*>(p.y) + static_cast<long long>(w.batch) * p.l * p.d + w.channel;
+  Source<OUTPUT> source(p, w);
+  source.request(p, w, s, w.begin, 0);
+  for (int t0 = w.begin, stage = 0; t0 < w.end; t0 += TILE, stage ^= 1) {
+    int rows = w.end - t0;
+    copy_async_wait();
     __syncthreads();
-    if (t0 + TILE < w.end) fetch(t0 + TILE, stage ^ 1);
+    source.prepare(s, stage, rows, bias);
+    __syncthreads();
+    if (rows > TILE) source.request(p, w, s, t0 + TILE, stage ^ 1);
 
     if (OUTPUT && p.checkpoints && t0 % CHUNK == 0) {
+      long long row = (static_cast<long long>(w.batch) * p.chunks + t0 / CHUNK) * p.d + w.channel;
+      float4* to = reinterpret_cast<float4*>(p.checkpoints + row * N_PAD) + w.lane_n;
 #pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        long long row = (static_cast<long long>(w.batch) * p.chunks + t0 / CHUNK) * p.d +
-                        w.channel + c;
+      for (int c = 0; c < CHANNELS; ++c)
         if (w.channel + c < p.d)
-          reinterpret_cast<float4*>(p.checkpoints + row * N_PAD)[w.lane_n] =
-              make_float4(x[c][0], x[c][1], x[c][2], x[c][3]);
-      }
+          to[c * LANES_N] = make_float4(x[c][0], x[c][1], x[c][2], x[c][3]);
     }
 
     for (int g = 0; g < TILE; g += GROUP) {
       float y[CHANNELS][GROUP];
-#pragma unroll
-      for (int t = 0; t < GROUP; ++t) {
-        float4 step = *reinterpret_cast<const float4*>(&s.step[g + t][w.local_c]);
-        float4 b4 = reinterpret_cast<const float4*>(s.B[g + t])[w.lane_n];
-        float4 c4 = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (OUTPUT) c4 = reinterpret_cast<const float4*>(s.C[g + t])[w.lane_n];
-        const float B[STATES] = {b4.x, b4.y, b4.z, b4.w}, C[STATES] = {c4.x, c4.y, c4.z, c4.w};
-        const float delta[CHANNELS] = {step.x, step.z}, du[CHANNELS] = {step.y, step.w};
-#pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-          y[c][t] = 0.f;
-          if (!OUTPUT) time[c] += delta[c];
-#pragma unroll
-          for (int j = 0; j < STATES; ++j) {
-            x[c][j] = exp2_fast(delta[c] * A[c][j]) * x[c][j] + du[c] * B[j];
-            if (OUTPUT) y[c][t] += C[j] * x[c][j];
-          }
-        }
-      }
+      walk_group<OUTPUT>(w, s, g, A, x, time, y);
       if (!OUTPUT) continue;
-      sum_over_states(y[0], w.lane);
-      sum_over_states(y[1], w.lane);
-      if (w.lane_n >= GROUP) continue;  // more lanes than steps: the first ones write
+#pragma unroll
+      for (int c = 0; c < CHANNELS; ++c) sum_over_states(y[c], w.lane);
 #pragma unroll
       for (int i = 0; i < OWNED; ++i) {
-        int t = g + first_owned(w.lane) + i;
-        if (t0 + t >= w.end) continue;
+        int t = g + mine + i;
+        if (t >= rows) continue;
         float2 u = load_pair(&s.u[stage][t][w.local_c]);
         float y0 = y[0][i] + D[0] * u.x, y1 = y[1][i] + D[1] * u.y;
-        if (p.z) {
+        if (HAS_Z) {
           float2 z = load_pair(&s.z[stage][t][w.local_c]);
-          y0 *= z.x * sigmoid(z.x);
-          y1 *= z.y * sigmoid(z.y);
+          y0 *= silu(z.x);
+          y1 *= silu(z.y);
         }
-        write_pair<U_T>(p, p.y, w.batch, t0 + t, w.channel, y0, y1);
+        write_pair(y_rows + static_cast<long long>(t0 + t) * p.d, count, y0, y1);
       }
     }
   }
