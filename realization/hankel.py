@@ -84,7 +84,7 @@ def ho_kalman(markov: ArrayLike, order: int | None = None, *, seed: int = 0) -> 
     ----------
     markov : array_like, shape (k, p, m)
         Markov parameters H_0 .. H_{k-1}, markov[0] = D, k >= 3 unless only D is given. For exact
-        data of order n, k > 2 n suffices.
+        data of order n, k = 2 n + 1 suffices, and k = 2 n + 2 when the order is to be found.
     order : int, optional
         States of the result. Left out: the rank of the Hankel matrix when it is singular to
         working precision (data without noise), else the choice of `order_by_bic`.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -62,20 +60,6 @@ def test_order_forty_with_modes_side_by_side(modes):
     lost = first + 5 + pair[first + 4]
     sys = StateSpace(A, B, C, [[0.0]]).transform(change_of_basis(rng, 40, 1e4))
     assert minimal(sys).n == 40 - lost
-
-
-def test_minimal_of_order_forty_takes_milliseconds():
-    _, sys = redundant_system(0, 40, 10, 5, 2, 2, 1e4)
-    A = sys.A
-    ratios = []
-    for _ in range(15):
-        start = time.perf_counter()
-        minimal(sys)
-        middle = time.perf_counter()
-        np.linalg.eig(A)
-        ratios.append((middle - start) / (time.perf_counter() - middle))
-    # One eigenvalue decomposition of this size takes 0.4 ms on an idle core: stay below ten.
-    assert np.median(ratios) < 10
 
 
 @settings(max_examples=40, deadline=None)

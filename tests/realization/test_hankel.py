@@ -84,10 +84,10 @@ def test_defective_and_unstable_systems_are_realized():
 
 
 def test_delays_and_zero_are_realized():
-    delay = np.zeros((9, 1, 1))
+    delay = np.zeros((10, 1, 1))
     delay[4] = 1.0
     result = ho_kalman(delay)
-    assert result.n == 4 and relative_error(result.markov(9), delay) < 1e-12
+    assert result.n == 4 and relative_error(result.markov(10), delay) < 1e-12
     zero = ho_kalman(np.zeros((9, 2, 3)))
     assert zero.n == 0 and zero.markov(9).shape == (9, 2, 3)
     assert ho_kalman(np.ones((1, 1, 1))).n == 0
