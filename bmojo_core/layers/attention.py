@@ -4,18 +4,20 @@
 
 As a realization, its A is the block up-shift: every step moves the register by one place and puts
 (k_t, v_t) into the last; after w steps nothing of an input is left (deadbeat).  The register is
-kept as a ring, so that a step writes one place instead of moving them all.
+kept as a ring, so that a step writes one place instead of moving them all.  In front of the ring a
+B'MOJO layer keeps its m memory tokens, so that a step attends to one list and copies nothing.
 
 Symbols
 -------
 b, l, d    batch, length, model width
 h, g, p    heads, key-value heads, head width
 w          window; None for full attention, whose register grows with the sequence
+m          memory tokens in front of the ring (0 in plain attention)
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +29,17 @@ from bmojo_core.layers.rotary import Rotary
 from bmojo_core.layers.rows import is_valid, take
 from bmojo_core.ops import memory_attention
 
+State = TypeVar("State", bound=tuple)  # a named tuple of tensors
+
 
 class Register(NamedTuple):
-    """Keys and values of the last inputs; position s of a row lies in place s mod w."""
+    """Keys and values: m memory tokens, then the ring, in which position s has place s mod w.
 
-    k: Float[Tensor, "b w g p"]
-    v: Float[Tensor, "b w g p"]
+    A step writes in place; who keeps an older state has to copy it first (``BMojoCache.own``).
+    """
+
+    k: Float[Tensor, "b mw g p"]
+    v: Float[Tensor, "b mw g p"]
 
 
 class Growing(NamedTuple):
@@ -113,10 +120,11 @@ class Attention(nn.Module):
         if state is None:
             heads = memory_attention(q, k, v, window=w, chunk=None)
         elif q.shape[1] == 1 and lengths is None:
-            state = write_step(state, k, v, start)
-            return attend_step(q, state, start), state
+            state = writable(state, keep_state, k)
+            write_step(state, k, v, w, start)
+            return attend_step(q, state, w, start), state if keep_state else None
         else:
-            past_k, past_v, past_valid = past_window(state, start)
+            past_k, past_v, past_valid = past_window(state, w, start)
             here = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
             heads = memory_attention(
                 q, torch.cat([past_k, k], 1), torch.cat([past_v, v], 1),
@@ -143,78 +151,79 @@ class Attention(nn.Module):
         return heads, new if keep_state else None
 
 
-def empty_register(like: Float[Tensor, "b l g p"], window: int) -> Register:
-    """A register of zeros; its places become visible as they are written."""
-    b, _, g, p = like.shape
-    return Register(like.new_zeros(b, window, g, p), like.new_zeros(b, window, g, p))
-
-
 def past_window(
-    register: Register, start: Int[Tensor, "b"]
+    register: Register, w: int, start: Int[Tensor, "b"]
 ) -> tuple[Float[Tensor, "b r g p"], Float[Tensor, "b r g p"], Bool[Tensor, "b r"]]:
     """The last w - 1 keys and values in order of age, and which of them exist (r = w - 1)."""
-    w = register.k.shape[1]
     at = start[:, None] + torch.arange(1 - w, 0, device=start.device)  # (b, w-1) positions
-    return take(register.k, at % w), take(register.v, at % w), at >= 0
+    place = register.k.shape[1] - w + at % w
+    return take(register.k, place), take(register.v, place), at >= 0
 
 
 def write_register(
     register: Register | None,
     k: Float[Tensor, "b l g p"],
     v: Float[Tensor, "b l g p"],
-    window: int,
+    w: int,
     start: Int[Tensor, "b"] | None,
     lengths: Int[Tensor, "b"] | None,
 ) -> Register:
-    """The register after the new tokens: each place holds the newest token that belongs there."""
+    """The ring after the new tokens: each place holds the newest token that belongs there."""
     b, l = k.shape[:2]
     first = torch.zeros(b, dtype=torch.long, device=k.device) if start is None else start
     last = first + (l if lengths is None else lengths) - 1  # (b,) position of the newest token
-    place = torch.arange(window, device=k.device)
-    newest = last[:, None] - (last[:, None] - place) % window  # (b, w) who belongs in each place
+    place = torch.arange(w, device=k.device)
+    newest = last[:, None] - (last[:, None] - place) % w  # (b, w) who belongs in each place
     column = newest - first[:, None]  # among the new tokens, or negative
-    old = register if register is not None else empty_register(k, window)
     fresh = (column >= 0)[..., None, None]
     column = column.clamp(0, l - 1)
+    if register is None:
+        return Register(*(take(x, column) * fresh for x in (k, v)))
+    old = (x[:, x.shape[1] - w :] for x in register)
     return Register(
-        torch.where(fresh, take(k, column), old.k), torch.where(fresh, take(v, column), old.v)
+        *(torch.where(fresh, take(x, column), o) for x, o in zip((k, v), old, strict=True))
     )
 
 
+def writable(state: State, keep_state: bool, *inputs: Tensor) -> State:
+    """The state's tensors, or copies where a write in place would be seen by someone else.
+
+    That is: by autograd, or by a caller who does not ask for the next state.
+    """
+    differentiable = any(x.requires_grad for x in (*state, *inputs))
+    if keep_state and not (torch.is_grad_enabled() and differentiable):
+        return state
+    return type(state)(*(x.clone() for x in state))
+
+
 def write_step(
-    register: Register, k: Float[Tensor, "b 1 g p"], v: Float[Tensor, "b 1 g p"],
+    register: Register, k: Float[Tensor, "b 1 g p"], v: Float[Tensor, "b 1 g p"], w: int,
     start: Int[Tensor, "b"],
-) -> Register:  # fmt: skip
-    """One token more.  Without autograd the ring is written in place: cost 1, not w."""
-    place = start % register.k.shape[1]
+) -> None:  # fmt: skip
+    """One token more, in place: cost 1, not w."""
+    place = register.k.shape[1] - w + start % w
     rows = torch.arange(k.shape[0], device=k.device)
-    if torch.is_grad_enabled() and (k.requires_grad or register.k.requires_grad):
-        return write_register(register, k, v, register.k.shape[1], start, None)
     register.k[rows, place] = k[:, 0]
     register.v[rows, place] = v[:, 0]
-    return register
 
 
 def attend_step(
     q: Float[Tensor, "b 1 h p"],
     register: Register,
+    w: int,
     start: Int[Tensor, "b"],
-    mem_k: Float[Tensor, "b m g p"] | None = None,
-    mem_v: Float[Tensor, "b m g p"] | None = None,
     mem_valid: Bool[Tensor, "b m"] | None = None,
 ) -> Float[Tensor, "b 1 h p"]:
-    """One query against all written places of the register and the memory tokens.
+    """One query against the memory tokens and all written places of the ring.
 
     The softmax does not care for order, so the ring needs no sorting.
     """
-    k, v = register.k, register.v
-    place = torch.arange(k.shape[1], device=k.device)
+    place = torch.arange(w, device=q.device)
     visible = place <= start[:, None]  # place s is written once position s has been read
-    if mem_k is not None:
-        k, v = torch.cat([mem_k, k], 1), torch.cat([mem_v, v], 1)
+    if mem_valid is not None:
         visible = torch.cat([mem_valid, visible], 1)
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-        attn_mask=visible[:, None, None, :], enable_gqa=q.shape[2] != k.shape[2],
+        q.transpose(1, 2), register.k.transpose(1, 2), register.v.transpose(1, 2),
+        attn_mask=visible[:, None, None, :], enable_gqa=q.shape[2] != register.k.shape[2],
     )  # fmt: skip
     return out.transpose(1, 2)

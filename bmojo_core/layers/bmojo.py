@@ -37,12 +37,13 @@ from bmojo_core.layers.attention import (
     attend_step,
     past_window,
     positions,
+    writable,
     write_register,
     write_step,
 )
-from bmojo_core.layers.eidetic import EideticState, Memory, Tokens
+from bmojo_core.layers.eidetic import EideticState, InUse, Memory, Tokens
 from bmojo_core.layers.mamba import Mamba, SSMState
-from bmojo_core.layers.rows import align, is_valid, last_columns, take, unalign
+from bmojo_core.layers.rows import align, is_valid, may_hold, slide, take, unalign
 from bmojo_core.layers.selection import Observed, score_tokens
 from bmojo_core.ops import causal_conv1d, memory_attention
 
@@ -165,10 +166,9 @@ class MemoryAttention(nn.Module):
         out = self.projections.output(heads)
         if not keep_state:
             return out, None
-        past = torch.cat([carried.outputs, y], 1)
         memory = EideticState(
             current, best, eidetic.still_waiting(carried.waiting, tokens, lengths),
-            last_columns(past, carried.outputs.shape[1], lengths),
+            slide(carried.outputs, y, lengths),
             _add_keys(carried.key_sum, seen.keys, lengths),
         )  # fmt: skip
         return out, (window, memory, tail)
@@ -249,8 +249,8 @@ class MemoryAttention(nn.Module):
             return heads, None, None, None
         read = phase + q.shape[1] if lengths is None else lengths
         current = eidetic.chunk_of(memory, (read // length).clamp_max(chunks - 1))
-        window = write_register(None, k, v, c.window, None, lengths)
-        return heads, window, current, eidetic.as_tokens(after)
+        ring = write_register(None, k, v, c.window, None, lengths)
+        return heads, *_put_before(current, ring), eidetic.as_tokens(after)
 
     def _continue(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
         c = self.config
@@ -260,8 +260,8 @@ class MemoryAttention(nn.Module):
         recalled = eidetic.eidetic_tokens_from(carried.best, stream, phase, length)
         fading = self.fading(y, carried.outputs, start, chunks, phase)
         memory, after = self.memories(fading, recalled)
-        memory = _keep_first(memory, carried.current, phase > 0)
-        past_k, past_v, past_valid = past_window(window, start)
+        memory = _keep_first(memory, _in_use(window, carried.current), phase > 0)
+        past_k, past_v, past_valid = past_window(window, c.window, start)
         here = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
         across = c.window - 1 + columns
         heads = self._attend(
@@ -276,21 +276,42 @@ class MemoryAttention(nn.Module):
             return heads, None, None, None
         read = phase + (q.shape[1] if lengths is None else lengths)
         current = eidetic.chunk_of(memory, (read // length).clamp_max(chunks - 1))
-        window = write_register(window, k, v, c.window, start, lengths)
-        return heads, window, current, eidetic.as_tokens(after)
+        ring = write_register(window, k, v, c.window, start, lengths)
+        return heads, *_put_before(current, ring), eidetic.as_tokens(after)
 
     def _step(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
-        c = self.config
-        length = eidetic.chunk_length(c)
-        window = write_step(window, k, v, start)
-        here = torch.zeros_like(start)
-        fading = self.fading(y, carried.outputs, start, 1, here)
-        best = eidetic.insert(carried.best, stream)
-        stored = best if c.memory_update == "token" else carried.best
-        fresh = eidetic.join(fading, eidetic.as_memory(stored))
-        current = eidetic.where_rows(start % length == 0, fresh, carried.current)
-        heads = attend_step(q, window, start, current.k[:, 0], current.v[:, 0], current.valid[:, 0])
+        window = writable(window, keep_state, k, y)
+        best = writable(carried.best, keep_state, k)
+        write_step(window, k, v, self.config.window, start)
+        current = carried.current
+        if self.config.memory_update == "token":  # Algorithm 1 stores before it attends
+            self._store(best, stream)
+            current = self._begin_chunk(y, carried, window, best, start)
+        else:
+            current = self._begin_chunk(y, carried, window, best, start)
+            self._store(best, stream)
+        heads = attend_step(q, window, self.config.window, start, current.valid)
         return heads, window, current, best
+
+    def _store(self, best: Tokens, token: Tokens) -> None:
+        if self.config.num_eidetic_tokens:
+            eidetic.insert_step(best, token)
+
+    def _begin_chunk(
+        self, y: Float[Tensor, "b 1 d"], carried: EideticState, window: Register, best: Tokens,
+        start: Int[Tensor, "b"],
+    ) -> InUse:  # fmt: skip
+        """Rows at the beginning of a chunk get a new memory, written before their window's ring."""
+        begins = start % eidetic.chunk_length(self.config) == 0
+        if not self.has_memory or not may_hold(begins):
+            return carried.current
+        fading = self.fading(y, carried.outputs, start, 1, torch.zeros_like(start))
+        fresh = eidetic.join(fading, eidetic.as_memory(best))
+        for old, new in zip(window, (fresh.k[:, 0], fresh.v[:, 0]), strict=True):
+            front = old[:, : new.shape[1]]
+            front.copy_(torch.where(begins[:, None, None, None], new, front))
+        tokens = InUse(fresh.valid[:, 0], fresh.position[:, 0], fresh.score[:, 0])
+        return eidetic.where_rows(begins, tokens, carried.current)
 
     def _attend(self, q, k, v, memory: Memory, length: int, key_valid=None):
         if not self.has_memory:
@@ -308,11 +329,24 @@ class MemoryAttention(nn.Module):
         """What keys and values read: u, through the short convolution if there is one."""
         taps = max(self.config.key_kernel - 1, 0)
         tail = state.tail if state else u.new_zeros(u.shape[0], taps, u.shape[2])
-        new_tail = last_columns(torch.cat([tail, u], 1), taps, lengths)
+        new_tail = slide(tail, u, lengths)
         if not self.config.key_kernel:
             return u, new_tail
         past = tail if taps else None
         return causal_conv1d(u, self.key_conv, None, past), new_tail
+
+
+def _put_before(memory: Memory, ring: Register) -> tuple[Register, InUse]:
+    """One chunk's memory (n = 1) with its keys and values in front of the window's ring."""
+    pairs = zip((memory.k[:, 0], memory.v[:, 0]), ring, strict=True)
+    which = InUse(memory.valid[:, 0], memory.position[:, 0], memory.score[:, 0])
+    return Register(*(torch.cat(pair, 1) for pair in pairs)), which
+
+
+def _in_use(register: Register, current: InUse) -> Memory:
+    """The inverse: the memory in use, as the memory of one chunk."""
+    k, v = (x[:, None, : current.valid.shape[1]] for x in register)
+    return Memory(k, v, *(x[:, None] for x in current))
 
 
 def _keep_first(memory: Memory, current: Memory, inside: Tensor) -> Memory:

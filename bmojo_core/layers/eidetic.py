@@ -20,7 +20,7 @@ e_i        score of token i (``selection``)     f        phase: tokens already r
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bmojo_core.config import BMojoConfig
-from bmojo_core.layers.rows import align, last_columns, take
+from bmojo_core.layers.rows import align, may_hold, slide, take
 from bmojo_core.ops import running_top_k
 
+State = TypeVar("State", bound=tuple)  # a named tuple of tensors
 EMPTY = float("-inf")  # the score of a place that holds nothing
 
 
@@ -56,11 +57,19 @@ class Memory(NamedTuple):
     score: Float[Tensor, "b n m"]
 
 
+class InUse(NamedTuple):
+    """The memory of the chunk being read; its keys and values stand before the window's ring."""
+
+    valid: Bool[Tensor, "b m"]
+    position: Int[Tensor, "b m"]
+    score: Float[Tensor, "b m"]
+
+
 class EideticState(NamedTuple):
     """What memory carries from one stretch of tokens to the next; its size never changes."""
 
-    current: Memory  # in use by the chunk being read (n = 1)
-    best: Tokens  # the m_e largest scores so far, oldest first
+    current: InUse
+    best: Tokens  # the m_e largest scores so far, in any order; a step writes in place
     waiting: Tokens  # tokens still too recent to be stored (none if in-window ones may be)
     outputs: Float[Tensor, "b s d"]  # the last outputs of the SSM
     key_sum: Float[Tensor, "b g p"]  # of normalised keys, for the key-diversity policy
@@ -91,22 +100,25 @@ def chunk_length(c: BMojoConfig) -> int:
 
 def empty_state(c: BMojoConfig, like: Float[Tensor, "b l g p"]) -> EideticState:
     """The state before any token: nothing remembered, outputs zero."""
-    b, g, p = like.shape[0], c.num_kv_heads, c.head_dim
-    at = torch.zeros(b, 1, c.num_fading_tokens + c.num_eidetic_tokens, device=like.device)
-    keys = like.new_zeros(*at.shape, g, p)
-    current = Memory(keys, keys, at.bool(), at.long(), at + EMPTY)
+    b, _, g, p = like.shape
+    places = torch.zeros(
+        b, c.num_fading_tokens + c.num_eidetic_tokens, dtype=torch.long, device=like.device
+    )
+    wide = torch.promote_types(like.dtype, torch.float32)
     return EideticState(
-        current, no_tokens(like, c.num_eidetic_tokens), no_tokens(like, storing_delay(c)),
-        like.new_zeros(b, outputs_needed(c), c.hidden_size), like.new_zeros(b, g, p),
+        InUse(places.bool(), places, places.float() + EMPTY),
+        no_tokens(like, c.num_eidetic_tokens), no_tokens(like, storing_delay(c)),
+        like.new_zeros(b, outputs_needed(c), c.hidden_size),
+        torch.zeros(b, g, p, dtype=wide, device=like.device),
     )  # fmt: skip
 
 
 def no_tokens(like: Float[Tensor, "b l g p"], count: int) -> Tokens:
     """``count`` empty places."""
     b, _, g, p = like.shape
-    at = torch.zeros(b, count, device=like.device)
+    at = torch.zeros(b, count, dtype=torch.long, device=like.device)
     return Tokens(
-        like.new_zeros(b, count, g, p), like.new_zeros(b, count, g, p), at + EMPTY, at.long()
+        like.new_zeros(b, count, g, p), like.new_zeros(b, count, g, p), at.float() + EMPTY, at
     )
 
 
@@ -125,7 +137,7 @@ def eidetic_tokens_from(
     k = best.score.shape[1]
     columns = grid_columns(tokens.score.shape[1], chunk)
     front = -(-k // chunk) * chunk  # whole chunks that hold what was remembered so far
-    pad = no_tokens(best.k, front - k)
+    best, pad = oldest_first(best), no_tokens(best.k, front - k)
     aligned = Tokens(
         align(tokens.k, phase, columns), align(tokens.v, phase, columns),
         align(tokens.score, phase, columns, EMPTY), align(tokens.position, phase, columns),
@@ -135,17 +147,26 @@ def eidetic_tokens_from(
     return _remember(joined, index[:, front // chunk :], valid[:, front // chunk :])
 
 
-def insert(best: Tokens, token: Tokens) -> Tokens:
-    """Algorithm 1, step 4: one token takes the place of the smallest score, if it beats it.
+def oldest_first(best: Tokens) -> Tokens:
+    """The same tokens in order of position: of equal scores the selection keeps the first."""
+    order = best.position.argsort(dim=1)
+    return Tokens(*(take(x, order) for x in best))
 
-    Of equal scores the older stays, so the place given up is the last of the smallest.
+
+def insert_step(best: Tokens, token: Tokens) -> None:
+    """Algorithm 1, step 4, in place: one token replaces the smallest score if it is larger.
+
+    Of equal scores the older stays: among several smallest the youngest is given up.
     """
-    k = best.score.shape[1]
-    joined = Tokens(*(torch.cat(pair, 1) for pair in zip(best, token, strict=True)))
-    given_up = k - joined.score.flip(1).argmin(1, keepdim=True)  # (b, 1)
-    place = torch.arange(k, device=given_up.device)
-    index = place + (place >= given_up)
-    return Tokens(*(take(x, index) for x in joined))
+    smallest = best.score.amin(1, keepdim=True)
+    larger = token.score > smallest  # (b, 1)
+    if not may_hold(larger):
+        return
+    place = best.position.masked_fill(best.score > smallest, -1).argmax(1)
+    rows = torch.arange(place.shape[0], device=place.device)
+    for old, new in zip(best, token, strict=True):
+        larger_here = larger[:, 0].reshape(-1, *[1] * (old.ndim - 2))
+        old[rows, place] = torch.where(larger_here, new[:, 0], old[rows, place])
 
 
 def grid_columns(columns: int, chunk: int) -> int:
@@ -170,9 +191,7 @@ def merge_candidates(waiting: Tokens, new: Tokens) -> Tokens:
 
 def still_waiting(waiting: Tokens, new: Tokens, lengths: Int[Tensor, "b"] | None) -> Tokens:
     """The tokens that are too recent to be stored after the new ones have been read."""
-    count = waiting.score.shape[1]
-    pairs = zip(waiting, new, strict=True)
-    return Tokens(*(last_columns(torch.cat(pair, 1), count, lengths) for pair in pairs))
+    return Tokens(*(slide(old, x, lengths) for old, x in zip(waiting, new, strict=True)))
 
 
 def join(fading: Memory, eidetic: Memory) -> Memory:
@@ -185,13 +204,13 @@ def chunk_of(memory: Memory, index: Int[Tensor, "b"]) -> Memory:
     return Memory(*(take(x, index[:, None]) for x in memory))
 
 
-def where_rows(condition: Bool[Tensor, "b"], yes: Memory, no: Memory) -> Memory:
-    """Row by row, one memory or the other (n = 1)."""
+def where_rows(condition: Bool[Tensor, "b"], yes: State, no: State) -> State:
+    """Row by row, the tensors of one or of the other."""
     pick = [
         torch.where(condition.reshape(-1, *[1] * (a.ndim - 1)), a, b)
         for a, b in zip(yes, no, strict=True)
     ]
-    return Memory(*pick)
+    return type(yes)(*pick)
 
 
 def as_memory(best: Tokens) -> Memory:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from bmojo_core.config import BMojoConfig
-from bmojo_core.layers.rows import is_valid, last_columns
+from bmojo_core.layers.rows import is_valid, slide
 from bmojo_core.ops import causal_conv1d, selective_scan
 
 
@@ -131,7 +131,7 @@ class Mamba(nn.Module):
     ) -> Float[Tensor, "b k e"]:
         if tail is None:
             tail = inner.new_zeros(inner.shape[0], self.conv_kernel - 1, inner.shape[2])
-        return last_columns(torch.cat([tail, inner], 1), self.conv_kernel - 1, lengths)
+        return slide(tail, inner, lengths)
 
 
 def _scan_dtype(v: Tensor) -> torch.dtype:

@@ -34,16 +34,20 @@ def take(x: Shaped[Tensor, "b l *r"], index: Int[Tensor, "b *i"]) -> Shaped[Tens
     return x.flatten(0, 1).index_select(0, flat).reshape(*index.shape, *x.shape[2:])
 
 
-def last_columns(
-    x: Shaped[Tensor, "b s *r"], count: int, lengths: Int[Tensor, "b"] | None
+def slide(
+    old: Shaped[Tensor, "b c *r"], new: Shaped[Tensor, "b l *r"], lengths: Int[Tensor, "b"] | None
 ) -> Shaped[Tensor, "b c *r"]:
-    """The last ``count`` valid columns of [carried | new], where ``lengths`` counts the new ones.
+    """The last c valid columns of [old | new], where ``lengths`` counts the new ones.
 
-    ``x`` has at least ``count`` carried columns in front, so that the answer always exists.
+    Never a view: a state must not keep alive the long tensor that it was cut from.
     """
-    if lengths is None:
-        return x[:, x.shape[1] - count :]
-    return take(x, lengths[:, None] + torch.arange(count, device=x.device))
+    c, l = old.shape[1], new.shape[1]
+    if lengths is not None:
+        index = lengths[:, None] + torch.arange(c, device=new.device)
+        return take(torch.cat([old, new], 1), index)
+    if l >= c:
+        return new[:, l - c :].clone()
+    return torch.cat([old[:, l:], new], 1)
 
 
 def align(
@@ -61,3 +65,13 @@ def unalign(
 ) -> Shaped[Tensor, "b l *r"]:
     """The inverse of `align`: the ``columns`` that begin at each row's phase."""
     return take(x, phase[:, None] + torch.arange(columns, device=x.device))
+
+
+def may_hold(condition: Bool[Tensor, "*b"]) -> bool:
+    """Whether work that only some rows need is worth doing: asked where the answer is cheap.
+
+    On an accelerator, or while a graph is traced, the answer would make everything wait.
+    """
+    if condition.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool(condition.any())
