@@ -5,8 +5,8 @@
 One class serves the five kinds and follows transformers' conventions: ``save_pretrained``,
 ``from_pretrained``, ``generate``, ``labels`` shifted inside the model, ``past_key_values``.
 
-Inside, every row's tokens begin in column 0 (see ``layers.rows``): a batch with padding on either
-side is packed to the left when it enters and put back when it leaves, so that no pad is ever read.
+Inside, every row is one document whose tokens begin in column 0: padding on either side and packed
+documents are rearranged when a batch enters and when it leaves (``batches``), so no pad is read.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from bmojo_core import batches
 from bmojo_core.cache import BMojoCache
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.attention import Attention
@@ -29,7 +30,21 @@ from bmojo_core.layers.bmojo import BMojo, MemoryAttention
 from bmojo_core.layers.feedforward import GatedMLP, MixtureOfExperts
 from bmojo_core.layers.mamba import Mamba
 from bmojo_core.layers.rotary import Rotary
-from bmojo_core.layers.rows import take
+
+
+@dataclass
+class BMojoModelOutput(BaseModelOutputWithPast):
+    """What the stack returns; ``scored`` (b, l) says which columns have a predecessor."""
+
+    past_key_values: BMojoCache | None = None
+    scored: Bool[Tensor, "b l"] | None = None
+
+
+@dataclass
+class BMojoOutput(CausalLMOutputWithPast):
+    """What the language model returns: loss, logits, state."""
+
+    past_key_values: BMojoCache | None = None
 
 
 class Residual(nn.Module):
@@ -56,28 +71,6 @@ class Residual(nn.Module):
         else:
             y, state = self.inner(u, state, start, lengths, keep_state)
         return h + y, state
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A batch whose valid tokens were moved to the left, and the way back."""
-
-    order: Int[Tensor, "b l"]
-    lengths: Int[Tensor, "b"]
-
-    @classmethod
-    def of(cls, mask: Tensor) -> Rows:
-        """From a mask (b, l) that is nonzero at tokens."""
-        valid = mask.bool()
-        return cls((~valid).to(torch.uint8).argsort(dim=1, stable=True), valid.sum(1))
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Columns of x in the order: tokens, then pads."""
-        return take(x, self.order)
-
-    def unpack(self, x: Tensor) -> Tensor:
-        """The inverse of ``pack``."""
-        return take(x, self.order.argsort(dim=1))
 
 
 class BMojoPreTrainedModel(PreTrainedModel):
@@ -143,8 +136,11 @@ class BMojoModel(BMojoPreTrainedModel):
         inputs_embeds: Float[Tensor, "b l d"] | None = None,
         use_cache: bool | None = None,
         memory_scores: Float[Tensor, "b l"] | None = None,
+        position_ids: Int[Tensor, "#b l"] | None = None,
+        cu_seqlens: Int[Tensor, "n"] | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BMojoModelOutput:
         """Hidden states after the final norm.
 
         Parameters
@@ -156,73 +152,69 @@ class BMojoModel(BMojoPreTrainedModel):
         past_key_values
             State to go on from; it is updated in place.
         use_cache
-            Whether to return the state; defaults to the configuration's, and to False in training.
+            Whether to return the state; defaults to the configuration's, and to False in training
+            and for packed documents.
         memory_scores
             Scores (b, l) for ``selection="oracle"``.
+        position_ids
+            Positions (b, l) of the tokens in their documents: a 0 begins a new document.
+        cu_seqlens
+            Boundaries (n + 1,) of the documents in a batch of one row, instead of position_ids.
+        output_hidden_states
+            Whether to return the stream before every sublayer and after the final norm.
 
         Raises
         ------
         ValueError
-            For an empty batch or sequence, ids out of the vocabulary, wrong dtypes, or embeddings
-            that are not finite.
+            For an empty batch or sequence, ids out of the vocabulary, wrong shapes or dtypes,
+            values that are not finite, packed documents with a state.
         """
-        h = self._embed(input_ids, inputs_embeds)
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
+        batches.check_tokens(self.config, input_ids, inputs_embeds)
+        h = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
+        batches.check_scores(memory_scores, h.shape[:2])
         cache = past_key_values if past_key_values is not None else BMojoCache()
-        rows = _rows(attention_mask, h)
-        lengths = None
+        cache.check(h.shape[0], len(self.layers))
+        rows = batches.find_rows(
+            tuple(h.shape[:2]), attention_mask, position_ids, cu_seqlens, cache.position
+        )
+        packed = rows is not None and rows.packed
+        if packed and (use_cache or past_key_values is not None):
+            raise ValueError("packed documents have no common state: use_cache must be False")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and not packed
+        columns, lengths = h.shape[1], None
         if rows is not None:
             h, lengths = rows.pack(h), rows.lengths
             memory_scores = None if memory_scores is None else rows.pack(memory_scores)
-        h, states = self._run(h, cache, lengths, use_cache, memory_scores)
+        h, states, seen = self._run(h, cache, lengths, use_cache, memory_scores)
         h = self.norm(h)
+        if not self.training:
+            batches.check_output(h, self.named_parameters())
         if use_cache:
-            read = h.shape[1] if lengths is None else lengths
-            zero = torch.zeros(h.shape[0], dtype=torch.long, device=h.device)
-            cache.position = (zero if cache.position is None else cache.position) + read
-            cache.states = states
-        return BaseModelOutputWithPast(
-            last_hidden_state=h if rows is None else rows.unpack(h),
+            cache.advance(states, columns, lengths)
+        back = (lambda x: x) if rows is None else rows.unpack
+        return BMojoModelOutput(
+            last_hidden_state=back(h),
             past_key_values=cache if use_cache else None,
+            hidden_states=tuple(back(x) for x in (*seen, h)) if output_hidden_states else None,
+            scored=None if rows is None else rows.scored,
         )
 
     def _run(self, h, cache, lengths, use_cache, memory_scores):
-        states = cache.states or [None] * len(self.layers)
-        if use_cache and not cache.is_empty():
+        """Through the stack: (stream, new states, stream before every sublayer)."""
+        if use_cache:
             cache.own()
-            states = cache.states
-        new_states = []
+        states = cache.states or [None] * len(self.layers)
+        new_states, seen = [], []
         for layer, state in zip(self.layers, states, strict=True):
             arguments = (h, state, cache.position, lengths, use_cache, memory_scores)
+            seen.append(h)
             if self.gradient_checkpointing and self.training:
                 h, new = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 h, new = layer(*arguments)
             new_states.append(new)
-        return h, new_states
-
-    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given.ndim != (2 if input_ids is not None else 3) or 0 in given.shape[:2]:
-            name = "input_ids (b, l)" if input_ids is not None else "inputs_embeds (b, l, d)"
-            raise ValueError(f"{name} must have b >= 1 and l >= 1, got shape {tuple(given.shape)}")
-        if input_ids is None:
-            if not torch.compiler.is_compiling() and not bool(inputs_embeds.isfinite().all()):
-                raise ValueError("inputs_embeds must be finite, got NaN or infinity")
-            return inputs_embeds
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"input_ids must be int64 or int32, got {input_ids.dtype}")
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(input_ids.min()), int(input_ids.max())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"input_ids must be in 0..{self.config.vocab_size - 1} (vocab_size "
-                    f"{self.config.vocab_size}), got values from {low} to {high}"
-                )
-        return self.embed_tokens(input_ids)
+        return h, new_states, seen
 
 
 class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
@@ -250,32 +242,45 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         past_key_values: BMojoCache | None = None,
         inputs_embeds: Float[Tensor, "b l d"] | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Int[Tensor, "k"] = 0,
         memory_scores: Float[Tensor, "b l"] | None = None,
+        position_ids: Int[Tensor, "#b l"] | None = None,
+        cu_seqlens: Int[Tensor, "n"] | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> BMojoOutput:
         """Logits, and the loss when ``labels`` are given.
 
         Parameters
         ----------
         labels
             The token of each column, -100 where not scored; the model shifts them, so that column
-            t is predicted from columns before it (transformers' convention).
+            t is predicted from columns before it (transformers' convention).  The first token of
+            a document and pads are never scored.
         logits_to_keep
             Compute logits of the last so many columns only; 0 for all.
 
         Other parameters as in ``BMojoModel.forward``.
         """
         out = self.model(
-            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, memory_scores
-        )
+            input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, memory_scores,
+            position_ids, cu_seqlens, output_hidden_states,
+        )  # fmt: skip
         h = out.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(h[:, keep])
         loss = None
         if labels is not None:
+            batches.check_labels(self.config, labels, logits.shape[:2])
+            if out.scored is not None:
+                labels = labels.masked_fill(~out.scored, batches.IGNORED)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        return BMojoOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+        )
 
     # -- generate() -----------------------------------------------------------------------------
 
@@ -285,31 +290,24 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, use_cache=True,
-        inputs_embeds=None, **kwargs,
+        inputs_embeds=None, logits_to_keep=0, **kwargs,
     ):  # fmt: skip
-        """The columns that the cache has not read yet."""
-        new = dict(past_key_values=past_key_values, use_cache=use_cache)
-        first = past_key_values is None or past_key_values.is_empty()
+        """The columns that the state has not read yet."""
         if use_cache and past_key_values is None:
-            new["past_key_values"] = BMojoCache()
+            past_key_values = BMojoCache()
+        inputs = dict(
+            past_key_values=past_key_values, attention_mask=attention_mask, use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )  # fmt: skip
+        first = past_key_values is None or past_key_values.is_empty()
         if first and inputs_embeds is not None:
-            return {**new, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
-        if first or not use_cache:
-            return {**new, "input_ids": input_ids, "attention_mask": attention_mask}
-        return {**new, "input_ids": input_ids[:, -1:], "attention_mask": None}
-
-
-def _rows(mask: Tensor | None, h: Float[Tensor, "b l d"]) -> Rows | None:
-    """The packing that a mask asks for; None when every column is a token."""
-    if mask is None:
-        return None
-    b, l = h.shape[:2]
-    if mask.ndim != 2 or mask.shape[0] != b or mask.shape[1] < l:
-        raise ValueError(f"attention_mask must be (b, l) = {(b, l)}, got {tuple(mask.shape)}")
-    mask = mask[:, mask.shape[1] - l :]
-    if not torch.compiler.is_compiling():
-        if bool(mask.all()):
-            return None
-        if not bool(mask.any(1).all()):
-            raise ValueError("attention_mask must leave at least one token in every row")
-    return Rows.of(mask)
+            return {**inputs, "inputs_embeds": inputs_embeds}
+        read = 0 if first else past_key_values.get_seq_length()
+        if inputs_embeds is not None:  # ids of the new tokens only
+            read -= inputs_embeds.shape[1]
+        if input_ids.shape[1] <= read:
+            raise ValueError(
+                f"input_ids must reach beyond the {read} columns that past_key_values has read, "
+                f"got {input_ids.shape[1]} columns"
+            )
+        return {**inputs, "input_ids": input_ids[:, read:]}
