@@ -78,7 +78,7 @@ def forgets_D(markov, n):
 
 def transposed(markov, n):
     A, B, C, D = realize(markov, n)
-    return A, C.T, B.T, D
+    return A, B.T, C, D
 
 
 @pytest.mark.parametrize(
