@@ -130,7 +130,7 @@ class BMojoConfig(PretrainedConfig):
         hidden_size: int = 64,
         num_layers: int = 2,
         window: int = 512,
-        num_fading_tokens: int = 1,
+        num_fading_tokens: int = 8,
         num_eidetic_tokens: int = 64,
         innovation_taps: int = 4,
         wiring: str = "stacked",

@@ -21,14 +21,14 @@ TASK = {"seq_len": 256, "pairs": [4, 8, 16, 32, 64], "filler": "zeros"}
 WIDTHS = (8, 16, 32, 64, 128)
 RATES = (1e-3, 3e-3, 9e-3)
 EIDETIC = (0, 8, 16, 32, 48, 64, 96, 128)
-STEPS = 5000
+STEPS = 4000
 
 
 def sizes(kind: str, width: int) -> dict[str, Any]:
     """Two mixers of one width; the Transformer has positions, for it has nothing else."""
     made: dict[str, Any] = {
         "hidden_size": width, "num_layers": 1, "num_heads": max(1, width // 64), "window": 32,
-        "num_fading_tokens": 1, "num_eidetic_tokens": 64,
+        "num_fading_tokens": 8, "num_eidetic_tokens": 64,
     }  # fmt: skip
     if kind == "transformer":
         made |= {"window": None, "position": "rope", "layer_types": ["attention", "attention"]}
