@@ -54,7 +54,8 @@ out/tour/index.html: $(NOTEBOOKS) notebooks/00_tour.ipynb $(SOURCES)
 	@$(PY) -m bmojo_core.experiments.run_notebook notebooks/00_tour.ipynb --out out/tour \
 	  --mathjax docs/_static/mathjax/tex-svg.js
 
-NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300
+NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300 \
+         --nbval-kernel-startup-timeout 300
 
 test: $(TEST) ## run the whole suite: unit, property, notebooks (10 minutes)
 	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks,docs,test]"' \
