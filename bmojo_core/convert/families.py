@@ -129,8 +129,9 @@ class Family:
         """
         for pattern in sorted(self.modules, key=len, reverse=True):
             found = re.match(re.escape(pattern).replace(r"\#", r"(\d+)") + r"(?=\.)", name)
-            if found:
-                first = starts[int(found[1])] if found.groups() else 0
+            block = int(found[1]) if found and found.groups() else 0
+            if found and block < len(starts):
+                first = starts[block]
                 return self.modules[pattern].format(first, first + 1) + name[found.end() :]
         raise ValueError(f"{self.model_type}: weight {name!r} has no place in a B'MOJO")
 

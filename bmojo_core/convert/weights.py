@@ -114,6 +114,8 @@ def stream_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:
     """File names of the shards, each with the weights that the index expects in it."""
+    if (folder / _SINGLE).is_file():  # as transformers: one file hides an index
+        return {_SINGLE: None}
     if (folder / _INDEX).is_file():
         shards: dict[str, set[str]] = {}
         for name, shard in json.loads((folder / _INDEX).read_text())["weight_map"].items():
@@ -121,8 +123,6 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
                 raise ValueError(f"{_INDEX}: a shard must lie in the folder, got {shard!r}")
             shards.setdefault(shard, set()).add(name)
         return shards
-    if (folder / _SINGLE).is_file():
-        return {_SINGLE: None}
     pickled = sorted(p.name for p in folder.glob("*.bin"))
     hint = f"; {pickled[0]!r} is a pickle and is not read" if pickled else ""
     raise ValueError(f"{str(folder)!r} has neither {_SINGLE} nor {_INDEX}{hint}")
