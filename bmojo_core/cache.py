@@ -56,6 +56,8 @@ class BMojoCache:
         Columns read, pads included: what transformers calls the length of a cache.
     """
 
+    is_compileable = False  # transformers asks; only its static caches are
+
     def __init__(
         self, states: list[Any] | None = None, position: Tensor | None = None, columns: int = 0
     ) -> None:

@@ -10,6 +10,13 @@ The paper leaves open how the two halves meet.  Both readings are here:
     stacked    h <- h + SSM(norm h);  h <- h + Attn(norm h)           the default
     parallel   h <- h + Attn(u),  u = norm h,  y = SSM(u)             Algorithm 1 to the letter
 
+Memory added to a trained model enters through gates a, g that begin at zero (``memory_gates``):
+
+    h <- h + a * y,   out = out_window + g (out_joint - out_window)
+
+Both have a gradient at zero (y and out_joint - out_window), which a bias of -inf on the memory
+tokens' logits does not; with a = g = 1 the block is as without gates.
+
 Symbols
 -------
 b, l, d    batch, length, model width
@@ -79,6 +86,14 @@ class BMojo(nn.Module):
         if self.stacked:
             self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.attention = MemoryAttention(config)
+        self.gated = config.memory_gates and self.stacked
+        if self.gated:
+            self.ssm_gate = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def reset_parameters(self) -> None:
+        """The gate begins closed."""
+        if self.gated:
+            init.zeros_(self.ssm_gate)
 
     def forward(
         self,
@@ -103,7 +118,7 @@ class BMojo(nn.Module):
         u = self.ssm_norm(h)
         y, ssm = self.ssm(u, state.ssm if state else None, lengths, keep_state)
         if self.stacked:
-            h = h + y
+            h = h + (self.ssm_gate * y if self.gated else y)
             u = self.attention_norm(h)
         out, rest = self.attention(u, y, state, start, lengths, keep_state, memory_scores)
         return h + out, BMojoState(ssm, *rest) if keep_state else None
@@ -128,9 +143,14 @@ class MemoryAttention(nn.Module):
             self.memory_v_proj = nn.Linear(d, groups, bias=bias)
         if config.key_kernel:
             self.key_conv = nn.Parameter(torch.zeros(d, config.key_kernel))
+        self.gated = config.memory_gates and self.has_memory
+        if self.gated:
+            self.memory_gate = nn.Parameter(torch.zeros(config.num_heads))
 
     def reset_parameters(self) -> None:
-        """The key convolution starts as the identity: it then changes nothing."""
+        """Gates begin closed, the key convolution as the identity: they then change nothing."""
+        if self.gated:
+            init.zeros_(self.memory_gate)
         if self.config.key_kernel:
             identity = torch.zeros(self.key_conv.shape)
             identity[:, -1] = 1.0
@@ -291,6 +311,10 @@ class MemoryAttention(nn.Module):
             current = self._begin_chunk(y, carried, window, best, start)
             self._store(best, stream)
         heads = attend_step(q, window, self.config.window, start, current.valid)
+        if self.gated:
+            nothing = torch.zeros_like(current.valid)
+            alone = attend_step(q, window, self.config.window, start, nothing)
+            heads = self._through_gate(alone, heads)
         return heads, window, current, best
 
     def _store(self, best: Tokens, token: Tokens) -> None:
@@ -314,14 +338,21 @@ class MemoryAttention(nn.Module):
         return eidetic.where_rows(begins, tokens, carried.current)
 
     def _attend(self, q, k, v, memory: Memory, length: int, key_valid=None):
+        w = self.config.window
         if not self.has_memory:
-            return memory_attention(
-                q, k, v, window=self.config.window, chunk=None, key_valid=key_valid
-            )
-        return memory_attention(
-            q, k, v, memory.k, memory.v, memory.valid,
-            window=self.config.window, chunk=length, key_valid=key_valid,
-        )  # fmt: skip
+            return memory_attention(q, k, v, window=w, chunk=None, key_valid=key_valid)
+        joint = memory_attention(
+            q, k, v, memory.k, memory.v, memory.valid, window=w, chunk=length, key_valid=key_valid
+        )
+        if not self.gated:
+            return joint
+        alone = memory_attention(q, k, v, window=w, chunk=None, key_valid=key_valid)
+        return self._through_gate(alone, joint)
+
+    def _through_gate(
+        self, alone: Float[Tensor, "b l h p"], joint: Float[Tensor, "b l h p"]
+    ) -> Float[Tensor, "b l h p"]:
+        return alone + self.memory_gate[:, None] * (joint - alone)
 
     def _content(
         self, u: Tensor, state: BMojoState | None, lengths: Tensor | None

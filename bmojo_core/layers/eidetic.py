@@ -220,9 +220,11 @@ def as_memory(best: Tokens) -> Memory:
 
 
 def as_tokens(memory: Memory) -> Tokens:
-    """The memory of one chunk (n = 1) as tokens with scores."""
+    """The memory of one chunk (n = 1) as tokens with scores: copies, for a state must not keep
+    the memories of all chunks alive."""
     score = memory.score.masked_fill(~memory.valid, EMPTY)
-    return Tokens(memory.k[:, 0], memory.v[:, 0], score[:, 0], memory.position[:, 0])
+    parts = (memory.k, memory.v, score, memory.position)
+    return Tokens(*(x[:, 0].clone() for x in parts))
 
 
 def _remember(tokens: Tokens, index: Int[Tensor, "b n k"], valid: Bool[Tensor, "b n k"]) -> Memory:

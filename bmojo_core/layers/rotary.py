@@ -47,12 +47,18 @@ class Rotary(nn.Module):
         return ROPE_INIT_FUNCTIONS[kind](self.config, device=None)
 
     def reset_parameters(self) -> None:
-        """Recompute the frequencies (they are not saved, and a meta device holds none)."""
+        """Recompute the frequencies: they are not saved, and a meta device holds none."""
         parameters = dict(self.config.rope_parameters or {})
-        frequency, self.scaling = self._frequencies(
-            parameters.get("rope_type", "default"), parameters
-        )
+        kind = parameters.get("rope_type", "default")
+        frequency, self.scaling = self._frequencies(kind, parameters)
         self.frequency = frequency.to(self.frequency.device)
+
+    def _apply(self, function, recurse: bool = True):
+        """Frequencies follow the model to a device but keep their dtype: rounded to half
+        precision, they would turn a key at position 1000 by a wrong angle."""
+        super()._apply(function, recurse)
+        self.reset_parameters()
+        return self
 
     def forward(
         self, heads: Float[Tensor, "b *l h p"], position: Int[Tensor, "b *l"]

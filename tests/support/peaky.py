@@ -38,7 +38,9 @@ def sharpen(module: nn.Module, seed: int = 0) -> nn.Module:
 def model(kind: str = "bmojo", seed: int = 0, dtype=torch.float64, **changes) -> BMojoForCausalLM:
     """A model of one of the five kinds, or of ``layer_types`` given in ``changes``."""
     config = getattr(BMojoConfig, kind)(**{**SIZES, **changes})
-    return sharpen(BMojoForCausalLM(config).to(dtype), seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return sharpen(BMojoForCausalLM(config).to(dtype), seed)
 
 
 def ids(batch: int, length: int, seed: int = 0) -> Tensor:
