@@ -59,7 +59,7 @@ def test_wrong_counts_are_explained(wrong, word):
 
 
 def wrong_shift(markov, n):
-    A, B, C, D = realize(markov, n)
+    _A, B, C, D = realize(markov, n)
     k, _p, _m = markov.shape
     U, s, _ = np.linalg.svd(block_hankel(markov, k // 2, k // 2))
     O = U[:, :n] * np.sqrt(s[:n])

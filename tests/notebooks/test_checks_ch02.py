@@ -79,7 +79,7 @@ def once_for_all(A, B):
 
 
 def eigenvectors(A, B):
-    W = np.linalg.eig(A.T)[1].T
+    W = np.linalg.inv(np.linalg.eig(A)[1])
     return [np.abs(w @ B).max() > 1e-8 for w in W]
 
 
@@ -92,7 +92,7 @@ def too_few(A, B):
     [
         (rows_of_B, "modal coordinates|eigenvalue"),
         (once_for_all, "is reached|is not reached"),
-        (eigenvectors, "rank 1"),
+        (eigenvectors, "Ask for the rank"),
         (too_few, "one answer for each"),
     ],
 )
