@@ -64,8 +64,8 @@ test: $(TEST) ## run the whole suite: unit, property, notebooks (10 minutes)
 	@$(PY) -m pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb
 
 lab: $(NOTEBOOKS) ## open JupyterLab on notebooks/
-	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks]"' '    jupyter lab --notebook-dir notebooks' ''
-	@$(PY) -m jupyter lab --notebook-dir notebooks
+	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks]"' '    jupyter lab notebooks' ''
+	@$(PY) -m jupyter lab notebooks
 
 docs: $(DOCS) ## build the site into out/site, offline
 	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks,docs]"' \
