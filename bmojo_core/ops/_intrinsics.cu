@@ -56,3 +56,17 @@ __device__ __forceinline__ float2 load_pair(const T* p) {
   Pair<T> v = *reinterpret_cast<const Pair<T>*>(p);
   return make_float2(to_float(v.first), to_float(v.second));
 }
+
+// D += A B on the matrix units, in tf32 with float32 sums. A (16 x 8) has two blocks that are not
+// zero: `upper_left` in rows 0..7 of columns 0..3 and `lower_right` in rows 8..15 of columns 4..7;
+// lane i holds row i / 4, column i % 4 of each. B (8 x 8): lane i holds row i % 4 and row
+// 4 + i % 4 of column i / 4. D (16 x 8): lane i holds row i / 4 and, in the last two places, row
+// 8 + i / 4 of columns 2 (i % 4) and 2 (i % 4) + 1.
+__device__ __forceinline__ void multiply_accumulate(float (&d)[4], float upper_left,
+                                                    float lower_right, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(upper_left)), "r"(0), "r"(0), "r"(__float_as_uint(lower_right)),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}

@@ -87,13 +87,15 @@ def test_continues_from_a_carried_state(draw, split):
     torch.testing.assert_close(end, last, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("segments", (2, 5))
-def test_cutting_time_changes_nothing(draw, compare, monkeypatch, segments):
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("states, segments", ((4, 1), (4, 5), (2, 1), (2, 2)))
+def test_every_cut_computes_the_same(draw, compare, monkeypatch, states, segments, dtype):
     from bmojo_core.ops.selective_scan import gpu
 
-    monkeypatch.setattr(gpu, "segment_count", lambda *_: segments)
-    inputs = problem(draw, 1, 700, 40, 16, torch.float32)
-    compare(run("gpu"), run("reference"), inputs, torch.float32)
+    cut = gpu.Tiling(states, gpu.lanes_for(16, states), segments)
+    monkeypatch.setattr(gpu, "tiling", lambda *sizes, **options: cut)
+    inputs = problem(draw, 1, 640, 40, 16, dtype)
+    compare(run("gpu"), run("reference"), inputs, dtype)
 
 
 def test_two_runs_give_the_same_bits(draw):

@@ -9,7 +9,7 @@
 //
 // Defined by the host: X_T (x and y), K (taps), VECTOR, SILU.
 
-constexpr int AHEAD = 8;  // rows requested before the first of them is used
+constexpr int AHEAD = 4;  // rows requested while as many before them are worked on
 constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Params {
@@ -75,6 +75,12 @@ __device__ __forceinline__ Raw load_input(const Params& p, const Place& w, int t
   return from ? *reinterpret_cast<const Raw*>(from + w.channel) : Raw{};
 }
 
+__device__ __forceinline__ Raw load_gradient(const Params& p, const Place& w, int t, int last) {
+  if (t >= last) return Raw{};
+  return *reinterpret_cast<const Raw*>(static_cast<const X_T*>(p.dy) + w.batch * p.dy_b +
+                                       t * p.dy_l + w.channel);
+}
+
 __device__ __forceinline__ X_T* output_row(const Params& p, const Place& w, void* base, int t) {
   return static_cast<X_T*>(base) + (static_cast<long long>(w.batch) * p.l + t) * p.d + w.channel;
 }
@@ -119,13 +125,19 @@ extern "C" __global__ void conv_forward(const Params p) {
   Row x[K];
 #pragma unroll
   for (int j = 1; j < K; ++j) x[j] = widen(load_input(p, w, w.begin - K + j));
-  for (int t0 = w.begin; t0 < w.end; t0 += AHEAD) {
-    Raw next[AHEAD];
+  Raw next[AHEAD];
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) next[i] = load_input(p, w, t0 + i);
+  for (int i = 0; i < AHEAD; ++i) next[i] = load_input(p, w, w.begin + i);
+  for (int t0 = w.begin; t0 < w.end; t0 += AHEAD) {
+    Raw now[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
-      push(x, widen(next[i]));
+      now[i] = next[i];
+      next[i] = load_input(p, w, t0 + AHEAD + i);
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      push(x, widen(now[i]));
       Row y;
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) {
@@ -145,22 +157,27 @@ extern "C" __global__ void conv_backward(const Params p) {
   Row x[K], ds[K] = {}, dw[K] = {}, dbias = {};
 #pragma unroll
   for (int j = 1; j < K; ++j) x[j] = widen(load_input(p, w, w.begin - K + j));
-  constexpr int STEP = AHEAD;
-  for (int t0 = w.begin; t0 < w.end + K - 1; t0 += STEP) {
-    Raw next[STEP], dy[STEP];
+  int last = min(p.l, w.end + K - 1);
+  Raw next_x[AHEAD], next_dy[AHEAD];
 #pragma unroll
-    for (int i = 0; i < STEP; ++i) {
-      next[i] = load_input(p, w, t0 + i);
-      dy[i] = Raw{};
-      if (t0 + i < min(p.l, w.end + K - 1))
-        dy[i] = *reinterpret_cast<const Raw*>(static_cast<const X_T*>(p.dy) + w.batch * p.dy_b +
-                                              (t0 + i) * p.dy_l + w.channel);
+  for (int i = 0; i < AHEAD; ++i) {
+    next_x[i] = load_input(p, w, w.begin + i);
+    next_dy[i] = load_gradient(p, w, w.begin + i, last);
+  }
+  for (int t0 = w.begin; t0 < w.end + K - 1; t0 += AHEAD) {
+    Raw now_x[AHEAD], now_dy[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      now_x[i] = next_x[i];
+      now_dy[i] = next_dy[i];
+      next_x[i] = load_input(p, w, t0 + AHEAD + i);
+      next_dy[i] = load_gradient(p, w, t0 + AHEAD + i, last);
     }
 #pragma unroll
-    for (int i = 0; i < STEP; ++i) {
+    for (int i = 0; i < AHEAD; ++i) {
       int t = t0 + i, done = t - K + 1;  // dx_done is complete once ds_t is known
-      push(x, widen(next[i]));
-      Row now = widen(dy[i]), dx;
+      push(x, widen(now_x[i]));
+      Row now = widen(now_dy[i]), dx;
 #pragma unroll
       for (int v = 0; v < VECTOR; ++v) {
         if (SILU) {

@@ -4,8 +4,8 @@
 
 How the work is cut (the kernels' own story is in ``scan_common.cu`` and ``scan_backward.cu``):
 
-- one thread keeps 4 states of 2 channels in registers and walks through time; the sum over the
-  states is taken over 8 steps at once, across the few lanes that share a channel;
+- one thread keeps 4 (or 2) states of 2 channels in registers and walks through time; the sum over
+  the states is taken over 8 steps at once, across the few lanes that share a channel;
 - the state at the start of every 64 steps is kept for the backward pass (half the memory of the
   output in half precision), which rebuilds the states between in registers;
 - where batch x channels is too small for the chip, time is cut into segments: a first kernel finds
@@ -21,7 +21,7 @@ D, delta_bias (d,); states (b, d, n). Arithmetic is float32 whatever the inputs.
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from .. import _nvrtc
 
-STATES, CHANNELS, GROUP, CHUNK, TILE = 4, 2, 8, 64, 32  # as in the sources
-MAX_STATES = 32 * STATES
+CHANNELS, GROUP, CHUNK, TILE = 2, 8, 64, 32  # as in the sources
+MAX_STATES = 128
 ELEMENT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _POINTERS = (
@@ -56,13 +56,19 @@ class Params(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Tiling:
-    """How states and channels lie on a block's lanes; follows from the number of states."""
+    """How states and channels lie on the lanes of a block, and how time is cut.
 
+    ``states`` states of two channels a thread; ``lanes_n`` lanes share a channel; ``segments``
+    blocks share a sequence.
+    """
+
+    states: int
     lanes_n: int
+    segments: int = 1
 
     @property
     def n_pad(self) -> int:
-        return STATES * self.lanes_n
+        return self.states * self.lanes_n
 
     @property
     def warps(self) -> int:
@@ -80,36 +86,48 @@ class Tiling:
         staged = 2 * self.block_c * (2 * u_bytes + delta_bytes)
         return TILE * (8 * self.block_c + 8 * self.n_pad + staged)
 
+    def gradient_bytes(self) -> int:
+        """What the reversed walk over a segment needs: steps, dy, C."""
+        return CHUNK * (12 * self.block_c + 4 * self.n_pad)
+
     def backward_bytes(self) -> int:
-        rows = CHUNK * (12 * self.block_c + 8 * self.n_pad)
-        starts = (CHUNK // GROUP - 1) * CHANNELS * self.threads * 16
-        return rows + starts + 2 * self.warps * GROUP * 2 * self.n_pad * 4
+        starts = (CHUNK // GROUP - 1) * CHANNELS * self.threads * 4 * self.states
+        sums = 2 * self.warps * GROUP * 2 * self.n_pad * 4
+        return self.gradient_bytes() + CHUNK * 4 * self.n_pad + starts + sums
 
 
-def tiling(n: int) -> Tiling:
-    """The tiling for n states: the fewest lanes, a power of two, that hold them."""
-    lanes = 1
-    while STATES * lanes < n:
-        lanes *= 2
-    return Tiling(lanes)
+def lanes_for(n: int, states: int) -> int:
+    """The fewest lanes, a power of two, that hold n states."""
+    return 1 << max(0, -(-n // states) - 1).bit_length()
 
 
 @lru_cache(maxsize=256)
-def segment_count(blocks: int, chunks: int, multiprocessors: int, resident: int) -> int:
-    """Into how many segments to cut time so that the blocks fill the chip.
+def tiling(
+    b: int, l: int, d: int, n: int, *, backward: bool = False, multiprocessors: int = 132
+) -> Tiling:
+    """The cut that keeps the chip busy.
 
-    A cut costs a second walk over all but one segment, so it must pay for itself: below half of
-    the ``resident`` blocks a multiprocessor holds, cut until about that many are there.
+    Four states a thread cost the fewest instructions. Where that leaves too few warps, two states
+    a thread (for 9 to 16 states) make twice as many; where even those are too few, time is cut
+    into segments, each of which but one is walked twice.
     """
-    room = multiprocessors * resident
-    if blocks * 2 > room:
-        return 1
-    return max(1, min(room // blocks, chunks // 2))
+    resident = multiprocessors * (2 if backward else 4)  # blocks that run at once
+    wide = Tiling(4, lanes_for(n, 4))
+    blocks = b * -(-d // wide.block_c)
+    if 8 < n <= 16 and blocks < resident:
+        wide = Tiling(2, lanes_for(n, 2))
+        blocks = b * -(-d // wide.block_c)
+    if blocks * 2 > resident:
+        return wide
+    chunks = -(-l // CHUNK)
+    wanted = max(1, min(resident // blocks, chunks // 2))
+    per_segment = -(-chunks // wanted)
+    return replace(wide, segments=-(-chunks // per_segment))
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The sizes, options and compiled kernels of one call."""
+    """The sizes, options and types of one call, and one pass's tiling."""
 
     b: int
     l: int
@@ -119,10 +137,7 @@ class _Call:
     delta_bytes: int
     defines: tuple[tuple[str, str], ...]
     device: torch.device
-
-    @property
-    def tiling(self) -> Tiling:
-        return tiling(self.n)
+    tiling: Tiling
 
     @property
     def chunks(self) -> int:
@@ -132,13 +147,11 @@ class _Call:
     def blocks(self) -> int:
         return -(-self.d // self.tiling.block_c)
 
-    def segments(self, resident: int) -> tuple[int, int]:
-        """(segments, chunks per segment), every segment at least one chunk long."""
-        wanted = segment_count(
-            self.b * self.blocks, self.chunks, _multiprocessors(self.device.index), resident
-        )
-        per_segment = -(-self.chunks // wanted)
-        return -(-self.chunks // per_segment), per_segment
+    def reversed(self) -> _Call:
+        """The same call with the backward pass's tiling."""
+        sizes = (self.b, self.l, self.d, self.n)
+        count = _multiprocessors(self.device.index)
+        return replace(self, tiling=tiling(*sizes, backward=True, multiprocessors=count))
 
     def shared_bytes(self, pass_: str) -> int:
         if pass_ == "forward":
@@ -148,18 +161,38 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def segment_ends(self) -> dict[str, Tensor]:
+        """What the first of two passes over segments leaves for the second."""
+        t = self.tiling
+        if t.segments == 1:
+            return {}
+        return dict(
+            segment_state=self.empty(self.b, t.segments, self.d, t.n_pad),
+            segment_time=self.empty(self.b, t.segments, self.d),
+        )
+
     def launch(
-        self, kernel: str, pass_: str, work: _Work, grid: tuple[int, int, int] | None = None
+        self,
+        kernel: str,
+        pass_: str,
+        work: _Work,
+        grid: tuple[int, int, int] | None = None,
+        shared: int | None = None,
     ) -> None:
         """Launch one kernel of ``scan_{pass_}.cu``, by default a block per (channels, segment)."""
-        shared = self.shared_bytes(pass_)
-        defines = (("VECTORS", str(int(work.vectors))), ("SHARED_BYTES", str(shared)))
+        t, most = self.tiling, self.shared_bytes(pass_)
+        defines = (
+            ("STATES", str(t.states)),
+            ("LANES_N", str(t.lanes_n)),
+            ("VECTORS", str(int(work.vectors))),
+            ("SHARED_BYTES", str(most)),
+        )
         source = _nvrtc.read_source(
             "_intrinsics.cu", "selective_scan/scan_common.cu", f"selective_scan/scan_{pass_}.cu"
         )
         module = _nvrtc.load(source, self.defines + defines, self.device.index)
-        grid = grid or (self.b * self.blocks, work.params.segments, 1)
-        module.launch(kernel, grid, self.tiling.threads, shared, work.params)
+        grid = grid or (self.b * self.blocks, t.segments, 1)
+        module.launch(kernel, grid, t.threads, most if shared is None else shared, work.params)
 
 
 @lru_cache(maxsize=16)
@@ -175,10 +208,10 @@ class _Work:
     vectors: bool
 
     @staticmethod
-    def of(call: _Call, tensors: dict[str, Tensor | None], resident: int) -> _Work:
-        segments, per_segment = call.segments(resident)
+    def of(call: _Call, tensors: dict[str, Tensor | None]) -> _Work:
+        segments = call.tiling.segments
         params = Params(b=call.b, l=call.l, d=call.d, n=call.n, chunks=call.chunks)
-        params.segments, params.chunks_per_segment = segments, per_segment
+        params.segments, params.chunks_per_segment = segments, -(-call.chunks // segments)
         vectors = True
         for name, tensor in tensors.items():
             if tensor is None:
@@ -218,14 +251,10 @@ class _SelectiveScan(torch.autograd.Function):
         checkpoints = None
         if differentiable:
             checkpoints = call.empty(call.b, call.chunks, call.d, t.n_pad)
-        work = inputs | dict(y=y, last=last, checkpoints=checkpoints)
-        segments, _ = call.segments(FORWARD_RESIDENT)
-        if segments > 1:
-            work["segment_state"] = call.empty(call.b, segments, call.d, t.n_pad)
-            work["segment_time"] = call.empty(call.b, segments, call.d)
-        launched = _Work.of(call, work, FORWARD_RESIDENT)
-        if segments > 1:
-            first = (call.b * call.blocks, segments - 1, 1)  # nobody needs what the last one adds
+        work = inputs | dict(y=y, last=last, checkpoints=checkpoints) | call.segment_ends()
+        launched = _Work.of(call, work)
+        if t.segments > 1:
+            first = (call.b * call.blocks, t.segments - 1, 1)  # nobody needs what the last adds
             call.launch("scan_segment_states", "forward", launched, first)
         call.launch("scan_outputs", "forward", launched)
         ctx.set_materialize_grads(False)
@@ -237,14 +266,15 @@ class _SelectiveScan(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dlast):
-        call, t = ctx.call, ctx.call.tiling
+        call = ctx.call.reversed()
+        t = call.tiling
         *saved, checkpoints = ctx.saved_tensors
         names = ("u", "delta", "z", "B", "C", "A", "D", "bias", "initial")
         work = dict(zip(names, saved), checkpoints=checkpoints)
         u, delta, z, B = (work[name] for name in ("u", "delta", "z", "B"))
         shape = (call.b, call.l, call.d)
         dy = torch.zeros(shape, dtype=u.dtype, device=u.device) if dy is None else _rows(dy)
-        segments, _ = call.segments(BACKWARD_RESIDENT)
+        part = torch.bfloat16 if B.element_size() == u.element_size() == 2 else torch.float32
         work |= dict(
             dy=dy,
             dlast=_float(dlast),
@@ -253,20 +283,19 @@ class _SelectiveScan(torch.autograd.Function):
             dz=None if z is None else call.empty(*shape, dtype=z.dtype),
             dB=call.empty(call.b, call.l, call.n, dtype=B.dtype),
             dC=call.empty(call.b, call.l, call.n, dtype=B.dtype),
-            dparams=call.empty(call.b * segments, call.d, t.n_pad + 2),
-            dbc=call.empty(call.blocks, call.b, call.l, 2 * t.n_pad),
+            dparams=call.empty(call.b * t.segments, call.d, t.n_pad + 2),
+            dbc=call.empty(call.blocks, call.b, call.l, 2 * t.n_pad, dtype=part),
         )
         if work["initial"] is not None:
             work["dinitial"] = call.empty(call.b, call.d, call.n)
-        if segments > 1:
-            work["segment_state"] = call.empty(call.b, segments, call.d, t.n_pad)
-            work["segment_time"] = call.empty(call.b, segments, call.d)
-        launched = _Work.of(call, work, BACKWARD_RESIDENT)
-        if segments > 1:
-            call.launch("scan_segment_gradients", "backward", launched)
+        work |= call.segment_ends()
+        launched = _Work.of(call, work)
+        if t.segments > 1:
+            shared = t.gradient_bytes()
+            call.launch("scan_segment_gradients", "backward", launched, shared=shared)
         call.launch("scan_gradients", "backward", launched)
         sums = -(-call.b * call.l * 2 * t.n_pad // t.threads)
-        call.launch("scan_sum_over_channels", "backward", launched, (sums, 1, 1))
+        call.launch("scan_sum_over_channels", "backward", launched, (sums, 1, 1), 0)
         return (*_gradients(call, work, ctx.dtypes), None, None)
 
 
@@ -283,10 +312,6 @@ def _gradients(call: _Call, work: dict, dtypes: list) -> tuple[Tensor | None, ..
     return (*first, dD, work["dz"], dbias, dinitial)
 
 
-FORWARD_RESIDENT = 4  # blocks of the forward kernel that a multiprocessor holds
-BACKWARD_RESIDENT = 2
-
-
 def _describe(
     u: Tensor,
     delta: Tensor,
@@ -301,12 +326,12 @@ def _describe(
         ("U_T", ELEMENT[u.dtype]),
         ("DELTA_T", ELEMENT[delta.dtype]),
         ("BC_T", ELEMENT[B.dtype]),
-        ("LANES_N", str(tiling(n).lanes_n)),
         ("HAS_Z", str(int(z is not None))),
         ("HAS_BIAS", str(int(bias is not None))),
         ("SOFTPLUS", str(int(softplus))),
     )
-    return _Call(b, l, d, n, u.element_size(), delta.element_size(), defines, u.device)
+    cut = tiling(b, l, d, n, multiprocessors=_multiprocessors(u.device.index))
+    return _Call(b, l, d, n, u.element_size(), delta.element_size(), defines, u.device, cut)
 
 
 def selective_scan_gpu(

@@ -9,14 +9,23 @@
 // leaves the state before each group of GROUP steps in shared memory, then each group, last
 // first, is rebuilt in registers and walked backward.
 
+constexpr int RESIDENT = STATES == 2 ? 3 : 1;  // blocks a multiprocessor is to hold, at least
 constexpr int GROUPS = CHUNK / GROUP;
 constexpr int KINDS = 2 * STATES;  // a thread's dB and dC of one step
+// Half-precision inputs: sums over channels on the matrix units, and their parts in bfloat16.
+constexpr bool HALF = sizeof(BC_T) == 2 && sizeof(U_T) == 2;
+constexpr bool MATRIX = HALF && (LANES_N == 8 || (LANES_N == 4 && STATES == 4));
+
+template <bool> struct PartOf { using type = float; };
+template <> struct PartOf<true> { using type = bf16; };
+using Part = PartOf<HALF>::type;
 
 struct alignas(16) BackwardShared {
   float2 step[CHUNK][BLOCK_C];  // (delta, delta u)
   float dy[CHUNK][BLOCK_C];     // gradient of y before the gate
-  float B[CHUNK][N_PAD], C[CHUNK][N_PAD];
-  float4 start[GROUPS - 1][CHANNELS][THREADS];
+  float C[CHUNK][N_PAD];        // up to here: all that scan_segment_gradients needs
+  float B[CHUNK][N_PAD];
+  float start[GROUPS - 1][CHANNELS][THREADS][STATES];
   float dbc[2][WARPS][GROUP][2 * N_PAD];
 };
 
@@ -24,19 +33,25 @@ static_assert(sizeof(BackwardShared) == SHARED_BYTES, "the host counts the same 
 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
+// The i-th lane bit that counts channels; there are 5 - N_BITS.
+constexpr int N_BITS =
+    LANES_N == 1 ? 0 : LANES_N == 2 ? 1 : LANES_N == 4 ? 2 : LANES_N == 8 ? 3 : LANES_N == 16 ? 4 : 5;
+__device__ constexpr int channel_bit(int i) { return 1 << (i < N_SHIFT ? i : i + N_BITS); }
+
 // Sum v over the lanes of the same states. Lane by lane the carried part halves while it can.
 __device__ __forceinline__ void sum_over_channels(float (&v)[KINDS], int lane) {
 #pragma unroll
-  for (int bit = LANES_N, count = KINDS; bit < 32; bit *= 2) {
+  for (int i = 0, count = KINDS; i < 5 - N_BITS; ++i) {
+    const int bit = channel_bit(i);
     if (count > 1) {
       count /= 2;
       bool upper = lane & bit;
 #pragma unroll
-      for (int i = 0; i < KINDS / 2; ++i) {
-        if (i < count) {
-          float give = upper ? v[i] : v[i + count];
-          float keep = upper ? v[i + count] : v[i];
-          v[i] = keep + __shfl_xor_sync(0xffffffffu, give, bit);
+      for (int k = 0; k < KINDS / 2; ++k) {
+        if (k < count) {
+          float give = upper ? v[k] : v[k + count];
+          float keep = upper ? v[k + count] : v[k];
+          v[k] = keep + __shfl_xor_sync(0xffffffffu, give, bit);
         }
       }
     } else {
@@ -50,12 +65,59 @@ constexpr int KINDS_OWNED = LANES_C >= KINDS ? 1 : KINDS / LANES_C;
 __device__ __forceinline__ int first_kind(int lane) {
   int first = 0;
 #pragma unroll
-  for (int bit = LANES_N, count = KINDS; bit < 32 && count > 1; bit *= 2) {
+  for (int i = 0, count = KINDS; i < 5 - N_BITS && count > 1; ++i) {
     count /= 2;
-    first += (lane & bit) ? count : 0;
+    first += (lane & channel_bit(i)) ? count : 0;
   }
   return first;
 }
+
+// The same sums on the matrix units, for all GROUP steps at once. Products of step t go into row t
+// of D (two kinds a product: one in rows 0..7, one in rows 8..15), their sum over the four lanes
+// that share lane / 4 is the matrix product's own.
+struct MatrixSums {
+  float d[STATES][4] = {};
+
+  __device__ __forceinline__ void add(const float (&v)[KINDS], int t, int lane) {
+    float row = (lane >> 2) == t ? 1.f : 0.f;
+#pragma unroll
+    for (int k = 0; k < STATES; ++k) multiply_accumulate(d[k], row, row, v[2 * k], v[2 * k + 1]);
+  }
+
+  // Lane i has row (step) i / 4, columns 2 (i % 4) + e: state lanes, and above them (LANES_N == 4)
+  // one more bit of channels, whose two halves meet by one exchange.
+  __device__ __forceinline__ void write(float (*dbc)[2 * N_PAD], int lane) {
+    int t = lane >> 2, q = lane & 3;
+    if constexpr (LANES_N == 4) {
+      bool upper = q & 2;  // keeps dC, gives dB
+      float sum[STATES / 2][4];
+#pragma unroll
+      for (int k = 0; k < STATES / 2; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float give = upper ? d[k][i] : d[k + STATES / 2][i];
+          float keep = upper ? d[k + STATES / 2][i] : d[k][i];
+          sum[k][i] = keep + __shfl_xor_sync(0xffffffffu, give, 2);
+        }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float v[STATES];
+#pragma unroll
+        for (int i = 0; i < STATES; ++i) v[i] = sum[i / 2][i % 2 * 2 + e];
+        store_states(dbc[t] + (upper ? N_PAD : 0), 2 * (q & 1) + e, v);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float v[2][STATES];
+#pragma unroll
+        for (int i = 0; i < KINDS; ++i) v[i / STATES][i % STATES] = d[i / 2][i % 2 * 2 + e];
+        store_states(dbc[t], 2 * q + e, v[0]);
+        store_states(dbc[t] + N_PAD, 2 * q + e, v[1]);
+      }
+    }
+  }
+};
 
 // What the backward walk reads: row 0 of each tensor at this thread's channels, and how many exist.
 struct Inputs {
@@ -123,8 +185,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_segment_gradients(con
     for (int t = CHUNK - 1; t >= 0; --t) {
       float4 step = *reinterpret_cast<const float4*>(&s.step[t][w.local_c]);
       float2 dy2 = *reinterpret_cast<const float2*>(&s.dy[t][w.local_c]);
-      float4 c4 = reinterpret_cast<const float4*>(s.C[t])[w.lane_n];
-      const float C[STATES] = {c4.x, c4.y, c4.z, c4.w};
+      float C[STATES];
+      load_states(s.C[t], w.lane_n, C);
       const float delta[CHANNELS] = {step.x, step.z}, dy[CHANNELS] = {dy2.x, dy2.y};
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c) {
@@ -228,9 +290,9 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
   for (int t = 0; t < GROUP; ++t) {
     int row = group * GROUP + t;
     float4 step = *reinterpret_cast<const float4*>(&s.step[row][w.local_c]);
-    float4 b4 = reinterpret_cast<const float4*>(s.B[row])[w.lane_n];
-    float4 c4 = reinterpret_cast<const float4*>(s.C[row])[w.lane_n];
-    const float B[STATES] = {b4.x, b4.y, b4.z, b4.w}, C[STATES] = {c4.x, c4.y, c4.z, c4.w};
+    float B[STATES], C[STATES];
+    load_states(s.B[row], w.lane_n, B);
+    load_states(s.C[row], w.lane_n, C);
     const float delta[CHANNELS] = {step.x, step.z}, du[CHANNELS] = {step.y, step.w};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
@@ -248,14 +310,15 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
     sum_over_states(y[1], w.lane);
   }
   float(*dbc)[2 * N_PAD] = s.dbc[group & 1][w.warp];
+  MatrixSums matrix;
 #pragma unroll
   for (int t = GROUP - 1; t >= 0; --t) {
     int row = group * GROUP + t;
     float4 step = *reinterpret_cast<const float4*>(&s.step[row][w.local_c]);
     float2 dy2 = *reinterpret_cast<const float2*>(&s.dy[row][w.local_c]);
-    float4 b4 = reinterpret_cast<const float4*>(s.B[row])[w.lane_n];
-    float4 c4 = reinterpret_cast<const float4*>(s.C[row])[w.lane_n];
-    const float B[STATES] = {b4.x, b4.y, b4.z, b4.w}, C[STATES] = {c4.x, c4.y, c4.z, c4.w};
+    float B[STATES], C[STATES];
+    load_states(s.B[row], w.lane_n, B);
+    load_states(s.C[row], w.lane_n, C);
     const float delta[CHANNELS] = {step.x, step.z}, du[CHANNELS] = {step.y, step.w};
     const float dy[CHANNELS] = {dy2.x, dy2.y};
     float v[KINDS] = {};
@@ -274,6 +337,10 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
         sums.A[c][j] += delta[c] * q;
       }
     }
+    if (MATRIX) {
+      matrix.add(v, t, w.lane);
+      continue;
+    }
     sum_over_channels(v, w.lane);
     if (w.lane_c < KINDS) {
 #pragma unroll
@@ -283,6 +350,7 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
       }
     }
   }
+  if constexpr (MATRIX) matrix.write(dbc, w.lane);
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
     sum_over_states(dstep[c], w.lane);
@@ -291,7 +359,7 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
   finish_steps(p, w, s, out, own, t0, group, D, y, dstep, dtime, sums);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) scan_gradients(const Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_gradients(const Params p) {
   BackwardShared& s = *reinterpret_cast<BackwardShared*>(shared_bytes);
   Place w = locate(p);
   float A[CHANNELS][STATES], g[CHANNELS][STATES], D[CHANNELS] = {};
@@ -313,20 +381,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_gradients(const Param
       long long row = (static_cast<long long>(w.batch) * p.chunks + t0 / CHUNK) * p.d +
                       w.channel + c;
       if (w.channel + c >= p.d) continue;
-      float4 state = reinterpret_cast<const float4*>(p.checkpoints + row * N_PAD)[w.lane_n];
-      x[c][0] = state.x, x[c][1] = state.y, x[c][2] = state.z, x[c][3] = state.w;
+      load_states(p.checkpoints + row * N_PAD, w.lane_n, x[c]);
     }
     __syncthreads();
     for (int group = 0; group < GROUPS - 1; ++group) {
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
-        s.start[group][c][threadIdx.x] = make_float4(x[c][0], x[c][1], x[c][2], x[c][3]);
+        store_states(s.start[group][c][0], threadIdx.x, x[c]);
 #pragma unroll
       for (int t = 0; t < GROUP; ++t) {
         int row = group * GROUP + t;
         float4 step = *reinterpret_cast<const float4*>(&s.step[row][w.local_c]);
-        float4 b4 = reinterpret_cast<const float4*>(s.B[row])[w.lane_n];
-        const float B[STATES] = {b4.x, b4.y, b4.z, b4.w};
+        float B[STATES];
+        load_states(s.B[row], w.lane_n, B);
         const float delta[CHANNELS] = {step.x, step.z}, du[CHANNELS] = {step.y, step.w};
 #pragma unroll
         for (int c = 0; c < CHANNELS; ++c)
@@ -338,10 +405,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_gradients(const Param
     for (int group = GROUPS - 1; group >= 0; --group) {
       if (group < GROUPS - 1) {
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) {
-          float4 state = s.start[group][c][threadIdx.x];
-          x[c][0] = state.x, x[c][1] = state.y, x[c][2] = state.z, x[c][3] = state.w;
-        }
+        for (int c = 0; c < CHANNELS; ++c) load_states(s.start[group][c][0], threadIdx.x, x[c]);
       }
       group_backward(p, w, s, in, out, t0, group, A, D, x, g, sums);
       __syncthreads();
@@ -350,7 +414,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_gradients(const Param
         float sum = 0.f;
 #pragma unroll
         for (int k = 0; k < WARPS; ++k) sum += (&s.dbc[group & 1][k][0][0])[i];
-        if (t0 + group * GROUP + i / (2 * N_PAD) < w.end) p.dbc[row * (2 * N_PAD) + i] = sum;
+        if (t0 + group * GROUP + i / (2 * N_PAD) < w.end)
+          put(static_cast<Part*>(p.dbc)[row * (2 * N_PAD) + i], sum);
       }
     }
   }
@@ -359,7 +424,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) scan_gradients(const Param
   for (int c = 0; c < CHANNELS; ++c) {
     if (LANES_N > GROUP && w.lane_n >= GROUP) sums.D[c] = sums.bias[c] = 0.f;
 #pragma unroll
-    for (int bit = 1; bit < LANES_N; bit *= 2) {
+    for (int bit = 1 << N_SHIFT; bit < LANES_N << N_SHIFT; bit *= 2) {
       sums.D[c] += __shfl_xor_sync(0xffffffffu, sums.D[c], bit);
       sums.bias[c] += __shfl_xor_sync(0xffffffffu, sums.bias[c], bit);
     }
@@ -387,7 +452,7 @@ extern "C" __global__ void scan_sum_over_channels(const Params p) {
        i += stride) {
     float sum = 0.f;
 #pragma unroll 8
-    for (int k = 0; k < blocks; ++k) sum += p.dbc[k * size + i];
+    for (int k = 0; k < blocks; ++k) sum += to_float(static_cast<const Part*>(p.dbc)[k * size + i]);
     int n = i % N_PAD;
     BC_T* to = static_cast<BC_T*>((i / N_PAD) % 2 ? p.dC : p.dB);
     if (n < p.n) put(to[i / (2 * N_PAD) * p.n + n], sum);

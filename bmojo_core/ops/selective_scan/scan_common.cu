@@ -9,10 +9,9 @@
 // and chunks are grouped into segments, one block each, where batch x channels alone would leave
 // the chip idle.
 //
-// Defined by the host: U_T (u, z, y), DELTA_T, BC_T (element types), LANES_N (a power of two),
-// HAS_Z, HAS_BIAS, SOFTPLUS, and VECTORS (every row can be moved 16 bytes at a time).
+// Defined by the host: U_T (u, z, y), DELTA_T, BC_T (element types), STATES (2 or 4), LANES_N (a
+// power of two), HAS_Z, HAS_BIAS, SOFTPLUS, VECTORS (every row can be moved 16 bytes at a time).
 
-constexpr int STATES = 4;
 constexpr int CHANNELS = 2;
 constexpr int LANES_C = 32 / LANES_N;
 constexpr int N_PAD = STATES * LANES_N;
@@ -23,6 +22,9 @@ constexpr int CHUNK = 64;
 constexpr int GROUP = 8;  // steps whose sums over the states are formed together
 constexpr int PAIRS = BLOCK_C / CHANNELS;  // a block's channels, two by two
 constexpr int OWNED = LANES_N >= GROUP ? 1 : GROUP / LANES_N;
+// Where the lane number holds the state lane: above two bits of channels (the matrix units sum
+// over those two), or lowest where there are fewer than two.
+constexpr int N_SHIFT = LANES_C >= 4 ? 2 : 0;
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
@@ -36,11 +38,30 @@ struct Params {
   const void* dy;
   const float* dlast;
   void *du, *ddelta, *dz;
-  float *dinitial, *dparams, *dbc;  // (b, d, n); (b, segments, d, N_PAD + 2); (d blocks, b, l, 2 N_PAD)
+  float *dinitial, *dparams;  // (b, d, n); (b, segments, d, N_PAD + 2)
+  void* dbc;                  // (d blocks, b, l, 2 N_PAD): dB and dC of each block of channels
   void *dB, *dC;
   long long u_b, u_l, delta_b, delta_l, z_b, z_l, B_b, B_l, C_b, C_l, dy_b, dy_l;
   int b, l, d, n, chunks, segments, chunks_per_segment;
 };
+
+// A thread's STATES neighbouring states in a row of N_PAD.
+__device__ __forceinline__ void load_states(const float* row, int lane_n, float (&x)[STATES]) {
+  if constexpr (STATES == 4) {
+    float4 v = reinterpret_cast<const float4*>(row)[lane_n];
+    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
+  } else {
+    float2 v = reinterpret_cast<const float2*>(row)[lane_n];
+    x[0] = v.x, x[1] = v.y;
+  }
+}
+
+__device__ __forceinline__ void store_states(float* row, int lane_n, const float (&x)[STATES]) {
+  if constexpr (STATES == 4)
+    reinterpret_cast<float4*>(row)[lane_n] = make_float4(x[0], x[1], x[2], x[3]);
+  else
+    reinterpret_cast<float2*>(row)[lane_n] = make_float2(x[0], x[1]);
+}
 
 struct Place {  // where this thread works
   int lane, warp, lane_n, lane_c, batch, block, segment;
@@ -54,8 +75,8 @@ __device__ __forceinline__ Place locate(const Params& p) {
   int blocks = (p.d + BLOCK_C - 1) / BLOCK_C;
   w.lane = threadIdx.x & 31;
   w.warp = threadIdx.x >> 5;
-  w.lane_n = w.lane % LANES_N;
-  w.lane_c = w.lane / LANES_N;
+  w.lane_n = (w.lane >> N_SHIFT) % LANES_N;
+  w.lane_c = w.lane % (1 << N_SHIFT) + (w.lane >> N_SHIFT) / LANES_N * (1 << N_SHIFT);
   w.batch = blockIdx.x / blocks;
   w.block = blockIdx.x % blocks;
   w.segment = blockIdx.y;
@@ -91,7 +112,7 @@ __device__ __forceinline__ float sigmoid(float x) {
 // carries, so lane i ends with the sums of the OWNED steps first_owned(i) + 0, 1, ...
 __device__ __forceinline__ void sum_over_states(float (&v)[GROUP], int lane) {
 #pragma unroll
-  for (int bit = 1, count = GROUP; bit < LANES_N; bit *= 2) {
+  for (int bit = 1 << N_SHIFT, count = GROUP; bit < LANES_N << N_SHIFT; bit *= 2) {
     if (count > 1) {
       count /= 2;
       bool upper = lane & bit;
@@ -112,7 +133,7 @@ __device__ __forceinline__ void sum_over_states(float (&v)[GROUP], int lane) {
 __device__ __forceinline__ int first_owned(int lane) {
   int first = 0;
 #pragma unroll
-  for (int bit = 1, count = GROUP; bit < LANES_N && count > 1; bit *= 2) {
+  for (int bit = 1 << N_SHIFT, count = GROUP; bit < LANES_N << N_SHIFT && count > 1; bit *= 2) {
     count /= 2;
     first += (lane & bit) ? count : 0;
   }
@@ -140,8 +161,8 @@ __device__ __forceinline__ void enter_segment(const Params& p, const Place& w, c
       int s = REVERSED ? p.segments - 1 - i : i;
       long long row = (static_cast<long long>(w.batch) * p.segments + s) * p.d + channel;
       float time = p.segment_time[row];
-      float4 state = reinterpret_cast<const float4*>(p.segment_state + row * N_PAD)[w.lane_n];
-      const float add[STATES] = {state.x, state.y, state.z, state.w};
+      float add[STATES];
+      load_states(p.segment_state + row * N_PAD, w.lane_n, add);
 #pragma unroll
       for (int j = 0; j < STATES; ++j) x[c][j] = exp2_fast(A[c][j] * time) * x[c][j] + add[j];
     }
@@ -170,8 +191,7 @@ __device__ __forceinline__ void store_segment(const Params& p, const Place& w,
     if (w.channel + c >= p.d) continue;
     long long row =
         (static_cast<long long>(w.batch) * p.segments + w.segment) * p.d + w.channel + c;
-    reinterpret_cast<float4*>(p.segment_state + row * N_PAD)[w.lane_n] =
-        make_float4(x[c][0], x[c][1], x[c][2], x[c][3]);
+    store_states(p.segment_state + row * N_PAD, w.lane_n, x[c]);
     if (w.lane_n == 0) p.segment_time[row] = time[c];
   }
 }

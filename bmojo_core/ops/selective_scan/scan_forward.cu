@@ -2,7 +2,7 @@
 // scanned; each tile is first turned into (delta, delta u) and float B, C, once for all threads.
 
 constexpr int TILE = 32;
-constexpr int RESIDENT = LANES_N == 4 ? 4 : 1;  // blocks a multiprocessor is to hold
+constexpr int RESIDENT = N_PAD == 16 ? 4 : 1;  // blocks a multiprocessor is to hold
 constexpr int BC_PER_THREAD = (TILE * N_PAD + THREADS - 1) / THREADS;
 
 struct alignas(16) ForwardShared {
@@ -103,10 +103,9 @@ __device__ __forceinline__ void walk_group(const Place& w, const ForwardShared& 
 #pragma unroll
   for (int t = 0; t < GROUP; ++t) {
     float4 step = *reinterpret_cast<const float4*>(&s.step[first + t][w.local_c]);
-    float4 b4 = reinterpret_cast<const float4*>(s.B[first + t])[w.lane_n];
-    float4 c4 = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (OUTPUT) c4 = reinterpret_cast<const float4*>(s.C[first + t])[w.lane_n];
-    const float B[STATES] = {b4.x, b4.y, b4.z, b4.w}, C[STATES] = {c4.x, c4.y, c4.z, c4.w};
+    float B[STATES], C[STATES];
+    load_states(s.B[first + t], w.lane_n, B);
+    if (OUTPUT) load_states(s.C[first + t], w.lane_n, C);
     const float delta[CHANNELS] = {step.x, step.z}, du[CHANNELS] = {step.y, step.w};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
@@ -148,11 +147,9 @@ __device__ __forceinline__ void scan_segment(const Params& p) {
 
     if (OUTPUT && p.checkpoints && t0 % CHUNK == 0) {
       long long row = (static_cast<long long>(w.batch) * p.chunks + t0 / CHUNK) * p.d + w.channel;
-      float4* to = reinterpret_cast<float4*>(p.checkpoints + row * N_PAD) + w.lane_n;
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
-        if (w.channel + c < p.d)
-          to[c * LANES_N] = make_float4(x[c][0], x[c][1], x[c][2], x[c][3]);
+        if (w.channel + c < p.d) store_states(p.checkpoints + (row + c) * N_PAD, w.lane_n, x[c]);
     }
 
     for (int g = 0; g < TILE; g += GROUP) {
