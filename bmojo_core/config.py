@@ -85,6 +85,9 @@ class BMojoConfig(PretrainedConfig):
     memory_projections
         ``"shared"``: memory tokens use the window's key and value projections; ``"separate"``:
         fading and eidetic tokens have their own.  Open in the paper.
+    memory_gates
+        Learned gates, zero at first, on what the SSM adds to the stream (one a channel) and on
+        what memory changes in attention (one a head): for memory added to a trained model.
     store_in_window
         Whether a token still inside the window may already sit in memory.  Open in the paper.
     key_kernel
@@ -142,6 +145,7 @@ class BMojoConfig(PretrainedConfig):
         fading_stride: int = 1,
         normalize_innovation: bool = False,
         memory_projections: str = "shared",
+        memory_gates: bool = False,
         store_in_window: bool = True,
         key_kernel: int = 0,
         state_size: int = 16,
@@ -307,7 +311,9 @@ def sublayer_parameters(config: BMojoConfig, sublayer: str, width: int | None = 
     memory = bias(config.num_fading_tokens + config.num_eidetic_tokens > 0)
     parallel = d * bias(config.wiring == "parallel")  # one norm feeds both halves
     convolution = d * config.key_kernel
-    return ssm + attention + fading_norm + memory * separate - parallel + convolution
+    gates = memory * config.num_heads + d * bias(config.wiring == "stacked")
+    gates *= bias(config.memory_gates)
+    return ssm + attention + fading_norm + memory * separate - parallel + convolution + gates
 
 
 def _matching_width(config: BMojoConfig, sublayer: str) -> int:

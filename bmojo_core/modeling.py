@@ -99,7 +99,7 @@ class BMojoPreTrainedModel(PreTrainedModel):
             init.uniform_(module.weight, -bound, bound)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, (Mamba, MemoryAttention, Rotary)):
+        elif isinstance(module, (BMojo, Mamba, MemoryAttention, Rotary)):
             module.reset_parameters()
         # Each sublayer adds to the stream: keep the sum's variance independent of depth.
         depth = max(1, len(self.config.layer_types)) ** 0.5

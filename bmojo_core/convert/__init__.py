@@ -9,6 +9,7 @@ memory that at first changes nothing and can be learned.
 """
 
 from bmojo_core.convert.families import FAMILIES, Family
+from bmojo_core.convert.upgrade import upgrade
 from bmojo_core.convert.weights import from_hf
 
-__all__ = ["FAMILIES", "Family", "from_hf"]
+__all__ = ["FAMILIES", "Family", "from_hf", "upgrade"]
