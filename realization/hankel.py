@@ -1,9 +1,9 @@
 """From an impulse response to a state: Hankel matrices and the Ho-Kalman algorithm.
 
-    H = [H_1  H_2  .. H_c    ]      past inputs -> future outputs, and
-        [H_2  H_3  .. H_{c+1}]
+    H = [M_1  M_2  .. M_c    ]      past inputs -> future outputs, and
+        [M_2  M_3  .. M_{c+1}]
         [ :    :       :     ]      H = [C; C A; ..; C A^{r-1}] [B, A B, .., A^{c-1} B] = O R
-        [H_r  ..  H_{r+c-1}  ]
+        [M_r  ..  M_{r+c-1}  ]
 
 Everything the past does to the future goes through the n numbers of the state, so rank H = n, the
 order of the minimal realization (Kronecker; Ho and Kalman). A factor O, one block row up, is O A:
@@ -14,7 +14,7 @@ With noise H has full rank, and the order is a choice: where the singular values
 (`order_by_gap`), or where a further state no longer pays for its parameters (`order_by_bic`).
 
 Glossary
-    H_k (p, m)       Markov parameters, given as markov (k, p, m) with markov[0] = D
+    M_k (p, m)       Markov parameters, given as markov (k, p, m) with markov[0] = D
     r, c             block rows and block columns, r + c = k
     O (r p, n)       observability matrix         S (n,)   singular values of H, descending
     R (n, c m)       reachability matrix
@@ -47,12 +47,12 @@ def _check_markov(markov: ArrayLike) -> Array:
 
 
 def block_hankel(markov: ArrayLike, rows: int, cols: int) -> Array:
-    """Block Hankel matrix with blocks H_{i+j+1}, i < rows, j < cols (H_0 = D does not enter).
+    """Block Hankel matrix with blocks M_{i+j+1}, i < rows, j < cols (M_0 = D does not enter).
 
     Parameters
     ----------
     markov : array_like, shape (k, p, m)
-        Markov parameters H_0 .. H_{k-1}, k >= rows + cols.
+        Markov parameters M_0 .. M_{k-1}, k >= rows + cols.
     rows, cols : int
         Block rows and block columns.
 
@@ -83,7 +83,7 @@ def ho_kalman(markov: ArrayLike, order: int | None = None, *, seed: int = 0) -> 
     Parameters
     ----------
     markov : array_like, shape (k, p, m)
-        Markov parameters H_0 .. H_{k-1}, markov[0] = D, k >= 3 unless only D is given. For exact
+        Markov parameters M_0 .. M_{k-1}, markov[0] = D, k >= 3 unless only D is given. For exact
         data of order n, k = 2 n + 1 suffices, and k = 2 n + 2 when the order is to be found.
     order : int, optional
         States of the result. Left out: the rank of the Hankel matrix when it is singular to
@@ -138,7 +138,7 @@ def ho_kalman(markov: ArrayLike, order: int | None = None, *, seed: int = 0) -> 
 
 
 def _shape(k: int) -> tuple[int, int]:
-    """Block rows and columns of the squarest Hankel matrix that uses H_1 .. H_{k-1}."""
+    """Block rows and columns of the squarest Hankel matrix that uses M_1 .. M_{k-1}."""
     return (k + 1) // 2, k // 2
 
 
@@ -223,7 +223,7 @@ def _fast_products(markov: Array, rows: int, cols: int):
     spectrum = rfft(markov[1 : rows + cols], length, axis=0)  # (f, p, m)
 
     def multiply(X: Array) -> Array:
-        """(cols m, l) -> (rows p, l): sum_j H_{i+j+1} x_j is a convolution with x reversed."""
+        """(cols m, l) -> (rows p, l): sum_j M_{i+j+1} x_j is a convolution with x reversed."""
         x = X.reshape(cols, m, -1)[::-1]
         y = irfft(spectrum @ rfft(x, length, axis=0), length, axis=0)
         return y[cols - 1 : cols - 1 + rows].reshape(rows * p, -1)

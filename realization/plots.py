@@ -126,7 +126,7 @@ def impulse(
     input: int = 0,
     ax: Axes | None = None,
 ) -> Axes:
-    """Markov parameters H_0 .. H_{k-1} of one channel: the response to an impulse.
+    """Markov parameters M_0 .. M_{k-1} of one channel: the response to an impulse.
 
     Parameters
     ----------

@@ -7,15 +7,15 @@ The state x_t is what the past must hand to the future: given x_t, the outputs f
 nothing before t except through it. The same input-output map has many states; `transform` moves
 between them, x' = T x, and leaves the two invariants alone:
 
-    H_0 = D,  H_k = C A^{k-1} B       (Markov parameters, the response to an impulse)
-    G(z)  = D + C (z I - A)^{-1} B = sum_k H_k z^{-k}              (transfer function)
+    M_0 = D,  M_k = C A^{k-1} B       (Markov parameters, the response to an impulse)
+    G(z)  = D + C (z I - A)^{-1} B = sum_k M_k z^{-k}              (transfer function)
 
 Glossary
     n, m, p   orders of state, input, output       T      length of a record, or a change of basis
     A (n, n)  state transition                     u      inputs,  (T, m)
     B (n, m)  input to state                       x      states,  (T + 1, n)
     C (p, n)  state to output                      y      outputs, (T, p)
-    D (p, m)  input to output, same step           H      Markov parameters, (k, p, m)
+    D (p, m)  input to output, same step           M      Markov parameters, (k, p, m)
 
 Source: Kailath, Linear Systems (1980), chapters 2 and 6; Antsaklis and Michel, Linear Systems
 (2006), chapter 3.
@@ -156,7 +156,7 @@ class StateSpace:
         return self.spectral_radius < 1.0
 
     def markov(self, k: int) -> Array:
-        """First k Markov parameters H_0 = D, H_i = C A^{i-1} B.
+        """First k Markov parameters M_0 = D, M_i = C A^{i-1} B.
 
         Parameters
         ----------
@@ -258,7 +258,7 @@ class StateSpace:
         Returns
         -------
         StateSpace
-            With Markov parameters H_k^T.
+            With Markov parameters M_k^T.
         """
         return StateSpace(self.A.T, self.C.T, self.B.T, self.D.T)
 
