@@ -71,13 +71,13 @@ class InnovationModel:
         If shapes do not fit, a value is not finite, or Lambda is not a covariance.
     """
 
-    A: Array
-    K: Array
-    C: Array
-    Lambda: Array
-    B: Array | None = None
-    D: Array | None = None
-    x0: Array | None = None
+    A: ArrayLike
+    K: ArrayLike
+    C: ArrayLike
+    Lambda: ArrayLike
+    B: ArrayLike | None = None
+    D: ArrayLike | None = None
+    x0: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         n, _, p = _freeze_system(self)
@@ -170,13 +170,13 @@ class StochasticRealization:
         If shapes do not fit, a value is not finite, or [Q S; S' R] is not a covariance.
     """
 
-    A: Array
-    C: Array
-    Q: Array
-    R: Array
-    S: Array | None = None
-    B: Array | None = None
-    D: Array | None = None
+    A: ArrayLike
+    C: ArrayLike
+    Q: ArrayLike
+    R: ArrayLike
+    S: ArrayLike | None = None
+    B: ArrayLike | None = None
+    D: ArrayLike | None = None
 
     def __post_init__(self) -> None:
         n, _, p = _freeze_system(self)

@@ -298,6 +298,25 @@ def test_square_root_filter_keeps_covariances_that_the_plain_one_loses():
     assert np.allclose(result.next_covariance, exact, rtol=1e-6)
 
 
+def test_steady_state_gain_equals_python_control():
+    control = pytest.importorskip("control")
+    base = random_realization(12, n=6, p=2, radius=1.02)  # also for an unstable system
+    model = StochasticRealization(base.A, base.C, base.Q, base.R)
+    K, Lambda, P = steady_state_gain(model)
+    gain, covariance, _ = control.dlqe(model.A, np.eye(6), model.C, model.Q, model.R)
+    assert np.allclose(P, covariance, rtol=1e-8)
+    assert np.allclose(K, gain, rtol=1e-7)
+    assert np.allclose(Lambda, model.C @ covariance @ model.C.T + model.R)
+
+
+def test_a_model_without_state_is_white_noise():
+    empty = InnovationModel(np.zeros((0, 0)), np.zeros((0, 2)), np.zeros((2, 0)), np.diag([1.0, 4]))
+    y = empty.simulate(50, 0)
+    density = scipy.stats.norm(scale=[1.0, 2.0]).logpdf(y).sum()
+    for run in (kalman_filter, square_root_filter, steady_state_filter):
+        assert np.isclose(run(empty, y).loglik, density)
+
+
 def test_a_gain_that_does_not_exist_is_refused():
     hidden = StochasticRealization(*arrays(np.diag([0.5, 1.2]), [[1, 0]], np.eye(2), [[1]]))
     with pytest.raises(ValueError, match="stabilizing"):

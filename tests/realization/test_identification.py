@@ -42,9 +42,10 @@ def markov_error(found: StateSpace, true: StateSpace, k: int = 40) -> float:
     p=st.integers(1, 4),
     m=st.integers(1, 4),
     radius=st.sampled_from([0.5, 0.9, 0.999]),
+    repeated=st.booleans(),
 )
-def test_data_without_noise_give_the_system_back(method, seed, n, p, m, radius):
-    base = random_realization(seed, n, p, m, radius)
+def test_data_without_noise_give_the_system_back(method, seed, n, p, m, radius, repeated):
+    base = random_realization(seed, n, p, m, radius, repeated)
     system = StateSpace(base.A, base.B, base.C, base.D)
     i = -(-n // p) + 2
     rng = np.random.default_rng(seed)
