@@ -25,12 +25,12 @@ fading tokens, how many).  Every such choice is a field here, with what the pape
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 import math
 from typing import Any
 
 from transformers import PretrainedConfig
-from transformers.activations import ACT2FN
 
 KINDS = ("transformer", "mamba", "hybrid", "bmojo_f", "bmojo")
 SUBLAYERS = ("mamba", "attention", "sliding_attention", "bmojo", "feedforward", "moe")
@@ -195,6 +195,8 @@ class BMojoConfig(PretrainedConfig):
         self.ssm_intermediate_size = ssm_intermediate_size or int(expand * hidden_size)
         self.intermediate_size = intermediate_size or _matching_width(self, "feedforward")
         _check_derived(self)
+        # transformers finds a model's class by its configuration: whoever has one has the other.
+        importlib.import_module("bmojo_core.modeling")
 
     # -- the five kinds -------------------------------------------------------------------------
 
@@ -367,6 +369,8 @@ def _check(c: BMojoConfig) -> None:
     _require_choice(c, "memory_projections", ("shared", "separate"))
     _require_choice(c, "position", ("none", "rope"))
     _require_choice(c, "ssm_norms", (None, "learned", "plain"))
+    from transformers.activations import ACT2FN  # here: it costs a second of import
+
     _require_choice(c, "hidden_act", tuple(sorted(ACT2FN)))
     types = ("bmojo",) if c.layer_types is None else c.layer_types
     if isinstance(types, str) or not types or set(types) - set(SUBLAYERS):

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
@@ -311,3 +311,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
                 f"got {input_ids.shape[1]} columns"
             )
         return {**inputs, "input_ids": input_ids[:, read:]}
+
+
+AutoModel.register(BMojoConfig, BMojoModel, exist_ok=True)
+AutoModelForCausalLM.register(BMojoConfig, BMojoForCausalLM, exist_ok=True)
