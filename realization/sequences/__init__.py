@@ -38,6 +38,7 @@ from realization.sequences.canonical import (
     time_reversed,
 )
 from realization.sequences.companions import (
+    WindowedScan,
     WindowForm,
     block_companion,
     frozen_form,
@@ -66,6 +67,7 @@ from realization.sequences.systems import (
     InputVaryingSystem,
     Run,
     Series,
+    System,
     Wrapped,
     nilpotency_index,
     observability_matrix,
@@ -75,7 +77,7 @@ from realization.sequences.systems import (
     state_size,
     transition,
 )
-from realization.sequences.trajectory import LinearTrajectory, along, time_invariant
+from realization.sequences.trajectory import LinearTrajectory, time_invariant
 
 __all__ = [
     "FORMS",
@@ -89,9 +91,10 @@ __all__ = [
     "Run",
     "SelectiveWeights",
     "Series",
+    "System",
     "WindowForm",
+    "WindowedScan",
     "Wrapped",
-    "along",
     "augmented_input",
     "bilinear_matrices",
     "bilinear_scan",

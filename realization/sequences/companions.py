@@ -32,7 +32,8 @@ from numpy.typing import ArrayLike
 
 from realization.sequences.attention import up_shift
 from realization.sequences.canonical import check_regular, controller_form
-from realization.sequences.systems import Array, InputVaryingSystem, as_sequence
+from realization.sequences.selective import SelectiveWeights, channel_trajectory
+from realization.sequences.systems import Array, InputVaryingSystem, Run, as_sequence, run_steps
 from realization.sequences.trajectory import LinearTrajectory, time_invariant
 
 
@@ -108,6 +109,65 @@ def arma_row(system: LinearTrajectory, t: int, N: int, tol: float = 1e-13) -> Ar
     theta = h - phi @ H
     pairs = [theta.reshape(p, N, m), phi.reshape(p, N, p)]
     return np.concatenate(pairs, axis=2).reshape(p, N * (m + p))
+
+
+@dataclass(frozen=True)
+class WindowedScan:
+    """The selective scan with the window of its last N tokens and outputs as state, exactly.
+
+    The window form, computed as the text is read: a block up-shift of N blocks (u, y, 1) whose last
+    block row, channel by channel, is that of `window_form`. Those coefficients are functions of
+    u_{t-N} .. u_t, that is of the token and the state. Until the window is full (third entry 0) no
+    y is needed: the scan starts from zero, and y_t = sum_s h(t, s) u_s over what has been read.
+
+    Attributes
+    ----------
+    weights : SelectiveWeights
+    blocks : int
+        N >= n, the scan's states a channel. A longer window is better conditioned.
+    """
+
+    weights: SelectiveWeights
+    blocks: int
+
+    def __post_init__(self) -> None:
+        if self.blocks < self.weights.A.shape[1]:
+            raise ValueError(
+                f"blocks must be at least {self.weights.A.shape[1]}, the states a channel; "
+                f"got {self.blocks}"
+            )
+
+    @property
+    def n(self) -> int:
+        """State size, N (2 e + 1)."""
+        return self.blocks * (2 * len(self.weights.A) + 1)
+
+    def step(self, u: Array, x: Array) -> tuple[Array, Array]:
+        """Read one token: returns ``(y_t, x_{t+1})``.
+
+        Raises
+        ------
+        ValueError
+            If some channel is not observable along the window.
+        """
+        window = x.reshape(self.blocks, -1)
+        past = window[window[:, -1] > 0.5, :-1]
+        tokens = np.vstack([past[:, : len(u)], u])
+        y = np.array([self._channel(tokens, past, channel) for channel in range(len(u))])
+        return y, np.vstack([window[1:], np.concatenate([u, y, [1.0]])]).reshape(-1)
+
+    def run(self, u: ArrayLike, x0: ArrayLike | None = None) -> Run:
+        """Read a sequence; see `systems.InputVaryingSystem.run`."""
+        return run_steps(self.step, self.n, u, x0)
+
+    def _channel(self, tokens: Array, past: Array, channel: int) -> float:
+        system = channel_trajectory(self.weights, tokens, channel)
+        pairs, t = past[:, [channel, channel + tokens.shape[1]]], len(past)
+        if t < self.blocks:
+            known = sum(system.impulse_response(t, s)[0, 0] * pairs[s, 0] for s in range(t))
+        else:
+            known = arma_row(system, t, t)[0] @ pairs.reshape(-1)
+        return float(known + system.D[t, 0, 0] * tokens[t, channel])
 
 
 def frozen_form(system: LinearTrajectory) -> LinearTrajectory:

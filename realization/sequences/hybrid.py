@@ -29,10 +29,16 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 
-from realization.sequences.attention import AttentionWeights, attend, up_shift
-from realization.sequences.selective import MambaWeights, mamba_layer
-from realization.sequences.systems import Array, InputVaryingSystem, Series, Wrapped
+from realization.sequences.attention import Attended, AttentionWeights, attend, up_shift
+from realization.sequences.selective import (
+    MambaWeights,
+    SelectiveWeights,
+    mamba_layer,
+    selective_scan,
+)
+from realization.sequences.systems import Array, InputVaryingSystem, Series, System, Wrapped
 
 
 @dataclass(frozen=True)
@@ -95,13 +101,13 @@ class Fading:
         return int(self.ages((self.chunk or 1) - 1, window)[-1])
 
 
-def residual(system: InputVaryingSystem | Series, norm: Callable[[Array], Array]) -> Wrapped:
+def residual(system: System, norm: Callable[[Array], Array]) -> Wrapped:
     """u + system(norm(u)): a layer in a residual stream."""
     return Wrapped(system, norm, lambda u, y: u + y)
 
 
 def stacked_hybrid(
-    layers: list[tuple[Callable[[Array], Array], InputVaryingSystem | Series]],
+    layers: list[tuple[Callable[[Array], Array], System]],
 ) -> Series:
     """Layers, each behind its norm, in one residual stream: Jamba's stack without feed-forwards.
 
@@ -130,64 +136,122 @@ def fading_attention(weights: AttentionWeights, window: int, fading: Fading) -> 
     """
     if window < 1:
         raise ValueError(f"window must be at least 1; got {window}")
-    d, gp = weights.W_q.shape[1], weights.W_k.shape[0]
-    past, block, line, clock = window - 1, 2 * gp + 1, fading.span(window), fading.chunk or 0
-    sizes = (past * block, line * (d + 1), clock)
-    n, cuts = sum(sizes), np.cumsum(sizes)[:-1]
-    project = np.vstack([weights.W_k, weights.W_v])  # (2 g p, d)
-    scale = 1 / math.sqrt(weights.head_width)
-    norm = fading.norm or (lambda y: y)
-    A = np.zeros((n, n))
-    parts = (up_shift(past, np.eye(block)), up_shift(line, np.eye(d + 1)), cyclic_shift(clock))
-    for part, end in zip(parts, np.cumsum(sizes)):
-        A[end - len(part) : end, end - len(part) : end] = part
-    tick = np.eye(clock)[:1].sum(axis=0)  # e_0, or nothing
-    tick = cyclic_shift(clock) @ tick - tick
+    registers = TwoRegisters(weights, window, fading)
+    A = block_diag(
+        up_shift(window - 1, np.eye(registers.block)),
+        up_shift(registers.line, np.eye(registers.d + 1)),
+        cyclic_shift(registers.clock),
+    )
+    return InputVaryingSystem(
+        n=len(A),
+        A=lambda uy: A,
+        b=registers.write,
+        rho=registers.read,
+        B=registers.write_slope,
+        C=registers.read_slope,
+    )
 
-    def b(uy: Array) -> Array:
-        x = np.zeros(n)
-        if past:
-            x[cuts[0] - block : cuts[0]] = np.concatenate([project @ uy[:d], [1.0]])
-        x[cuts[1] - d - 1 : cuts[1]] = np.concatenate([uy[d:], [1.0]])
-        x[cuts[1] :] = tick
+
+@dataclass(frozen=True)
+class TwoRegisters:
+    """State of `fading_attention`: window (k, v, 1) x (w-1) | outputs (y, 1) x L | clock x c.
+
+    Attributes
+    ----------
+    weights, window, fading
+        Of the layer.
+    """
+
+    weights: AttentionWeights
+    window: int
+    fading: Fading
+
+    @property
+    def d(self) -> int:
+        """Width of a token, and of an SSM output."""
+        return self.weights.W_q.shape[1]
+
+    @property
+    def block(self) -> int:
+        """Numbers in one slot (k, v, 1): 2 g p + 1."""
+        return 2 * len(self.weights.W_k) + 1
+
+    @property
+    def line(self) -> int:
+        """L, outputs kept."""
+        return self.fading.span(self.window)
+
+    @property
+    def clock(self) -> int:
+        """c, or 0 for the token update, which needs no clock."""
+        return self.fading.chunk or 0
+
+    @property
+    def project(self) -> Array:
+        """[W_k; W_v], (2 g p, d)."""
+        return np.vstack([self.weights.W_k, self.weights.W_v])
+
+    def split(self, x: Array) -> tuple[Array, Array, Array]:
+        """Views of x as slots (w-1, 2 g p + 1), outputs (L, d + 1), clock (c,)."""
+        past, line = self.window - 1, self.line
+        first, second = past * self.block, past * self.block + line * (self.d + 1)
+        slots, outputs = x[:first].reshape(past, self.block), x[first:second].reshape(line, -1)
+        return slots, outputs, x[second:]
+
+    def empty(self) -> Array:
+        """A state of zeros: the beginning of the text."""
+        return np.zeros((self.window - 1) * self.block + self.line * (self.d + 1) + self.clock)
+
+    def write(self, uy: Array) -> Array:
+        """b(u, y): the token into the last slot, y into the last output, one tick of the clock."""
+        x = self.empty()
+        slots, outputs, hand = self.split(x)
+        slots[-1:] = np.append(self.project @ uy[: self.d], 1.0)
+        outputs[-1] = np.append(uy[self.d :], 1.0)
+        start = np.eye(self.clock)[:1].sum(axis=0)  # the clock is kept as hand - start
+        hand += cyclic_shift(self.clock) @ start - start
         return x
 
-    def B(uy: Array) -> Array:
-        slope = np.zeros((n, 2 * d))
-        if past:
-            slope[cuts[0] - block : cuts[0] - 1, :d] = project
-        slope[cuts[1] - d - 1 : cuts[1] - 1, d:] = np.eye(d)
-        return slope
+    def write_slope(self, uy: Array) -> Array:
+        """B(u, y) (n, 2 d): the slope of b."""
+        at_zero = self.write(np.zeros(2 * self.d))
+        return np.array([self.write(unit) - at_zero for unit in np.eye(2 * self.d)]).T
 
-    def read(uy: Array, x: Array) -> tuple[Array, Array, NDArray[np.int64]]:
-        """Slots [window | token | fading], the fading outputs and their places in the line."""
-        register, outputs, hand = np.split(x, cuts)
-        register, outputs = register.reshape(past, block), outputs.reshape(line, d + 1)
-        phase = int(np.argmax(hand + np.eye(clock)[0])) if clock else 0
-        places = line - fading.ages(phase, window)
-        own = np.concatenate([project @ uy[:d], [1.0]])
-        tokens = np.array([norm(y) for y in outputs[places, :d]])
-        faded = np.hstack([tokens @ project.T, outputs[places, d:]])
-        return np.vstack([register, own, faded]), outputs[places, :d], places
+    def shown(self, x: Array) -> NDArray[np.int64]:
+        """Places in the delay line of the fading tokens that a query sees now, (m_f,)."""
+        hand = self.split(x)[2]
+        phase = int(np.argmax(hand + np.eye(self.clock)[0])) if self.clock else 0
+        return self.line - self.fading.ages(phase, self.window)
 
-    def rho(uy: Array, x: Array) -> Array:
-        return weights.W_o @ attend(weights, uy[:d], read(uy, x)[0], scale).y.reshape(-1)
+    def attended(self, uy: Array, x: Array) -> Attended:
+        """The joint softmax over slots [window | token | fading]."""
+        slots, outputs, _ = self.split(x)
+        own = np.append(self.project @ uy[: self.d], 1.0)
+        shown = outputs[self.shown(x)]
+        norm = self.fading.norm or (lambda y: y)
+        tokens = np.array([norm(y) for y in shown[:, :-1]])
+        faded = np.hstack([tokens @ self.project.T, shown[:, -1:]])
+        scale = 1 / math.sqrt(self.weights.head_width)
+        return attend(self.weights, uy[: self.d], np.vstack([slots, own, faded]), scale)
 
-    def C(uy: Array, x: Array) -> Array:
-        slots, outputs, places = read(uy, x)
-        slope = attend(weights, uy[:d], slots, scale).slope(len(slots))  # (h p, slots, 2 g p)
-        full = np.zeros((len(slope), n))
-        to_register = full[:, : cuts[0]].reshape(-1, past, block)
-        to_register[:, :, :-1] = slope[:, :past]
-        to_line = full[:, cuts[0] : cuts[1]].reshape(-1, line, d + 1).copy()
-        for i, (y, place) in enumerate(zip(outputs, places)):
-            chain = project if fading.norm is None else project @ fading.norm.slope(y)
-            to_line[:, place, :-1] += slope[:, window + i] @ chain
-        full[:, : cuts[0]] = to_register.reshape(len(slope), -1)
-        full[:, cuts[0] : cuts[1]] = to_line.reshape(len(slope), -1)
-        return weights.W_o @ full
+    def read(self, uy: Array, x: Array) -> Array:
+        """rho(u, y; x)."""
+        return self.weights.W_o @ self.attended(uy, x).y.reshape(-1)
 
-    return InputVaryingSystem(n=n, A=lambda uy: A, b=b, rho=rho, B=B, C=C)
+    def read_slope(self, uy: Array, x: Array) -> Array:
+        """C (d_out, n): the slope of rho in x, occupancy and clock held fixed."""
+        by_slot = self.attended(uy, x).slope(self.window + self.fading.tokens)  # (h p, slots, 2gp)
+        outputs, shown, norm = self.split(x)[1], self.shown(x), self.fading.norm
+        slope = np.zeros((len(by_slot), len(x)))
+        for row, by_head in zip(slope, by_slot):
+            to_slots, to_outputs, _ = self.split(row)
+            to_slots[:, :-1] = by_head[: self.window - 1]
+            for place, by_kv in zip(shown, by_head[self.window :]):
+                chain = self.project
+                if norm is not None:
+                    chain = chain @ norm.slope(outputs[place, :-1])
+                to_outputs[place, :-1] += by_kv @ chain
+        return self.weights.W_o @ slope
 
 
 def bmojo_f_layer(
@@ -197,6 +261,7 @@ def bmojo_f_layer(
     fading: Fading,
     ssm_norm: RmsNorm,
     attention_norm: RmsNorm | None = None,
+    scan: Callable[[SelectiveWeights], System] = selective_scan,
 ) -> Series:
     """One B'MOJO-F block in its residual stream, (d,) -> (d,).
 
@@ -205,6 +270,9 @@ def bmojo_f_layer(
     attention_norm : RmsNorm, optional
         Given: wiring "stacked", attention reads the stream after the SSM. None: wiring "parallel",
         attention reads what the SSM reads, and the SSM is seen through its fading tokens only.
+    scan : callable
+        The SSM's realization. With `companions.WindowedScan` both halves are block companions: the
+        block in the paper's canonical form, exactly.
     """
     d = len(ssm_norm.weight)
     joined = fading_attention(attention, window, fading)
@@ -214,7 +282,7 @@ def bmojo_f_layer(
         pass_on, norm = (lambda h, y: np.concatenate([h + y, y])), attention_norm
     return Series(
         (
-            Wrapped(mamba_layer(ssm), ssm_norm, pass_on),
+            Wrapped(mamba_layer(ssm, scan), ssm_norm, pass_on),
             Wrapped(
                 joined,
                 lambda hy: np.concatenate([norm(hy[:d]), hy[d:]]),

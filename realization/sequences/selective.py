@@ -30,7 +30,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from realization.sequences.attention import up_shift
-from realization.sequences.systems import Array, InputVaryingSystem, Series, as_sequence
+from realization.sequences.systems import (
+    Array,
+    InputVaryingSystem,
+    Series,
+    System,
+    Wrapped,
+    as_sequence,
+)
 from realization.sequences.trajectory import LinearTrajectory
 
 
@@ -153,11 +160,19 @@ def channel_trajectory(weights: SelectiveWeights, u: ArrayLike, channel: int) ->
     )
 
 
-def mamba_layer(weights: MambaWeights) -> Series:
+def mamba_layer(
+    weights: MambaWeights, scan: Callable[[SelectiveWeights], System] = selective_scan
+) -> Series:
     """A Mamba layer: a shift register (the convolution) in series with the gated scan.
 
     The register is nilpotent of order k - 1, the scan diagonal. The scan's A depends on the
     convolution's output, so on u_{t-k+1} .. u_t: the whole layer is A(u_t, x_t), not A(u_t).
+
+    Parameters
+    ----------
+    weights : MambaWeights
+    scan : callable
+        Which realization of the scan: `selective_scan`, or one equivalent to it.
     """
     e = len(weights.taps)
     if weights.W_in.shape[0] != 2 * e or weights.W_out.shape[1] != e:
@@ -165,7 +180,12 @@ def mamba_layer(weights: MambaWeights) -> Series:
             f"W_in must have {2 * e} rows and W_out {e} columns, as taps has {e} rows; "
             f"got {weights.W_in.shape} and {weights.W_out.shape}"
         )
-    return Series((convolution(weights), gated_scan(weights)))
+    gated = Wrapped(
+        scan(weights.scan),
+        before=lambda cz: cz[:e],
+        after=lambda cz, y: weights.W_out @ (y * silu(cz[e:])) + weights.out_bias,
+    )
+    return Series((convolution(weights), gated))
 
 
 def convolution(weights: MambaWeights) -> InputVaryingSystem:
@@ -197,24 +217,6 @@ def convolution(weights: MambaWeights) -> InputVaryingSystem:
         rho=lambda u, x: np.concatenate([silu(convolved(u, x)), branches(u)[1]]),
         B=lambda u: enter @ weights.W_in[:e],
         C=C,
-    )
-
-
-def gated_scan(weights: MambaWeights) -> InputVaryingSystem:
-    """(branch, gate) (2 e,) -> W_out (scan(branch) * silu(gate)) (d,)."""
-    e = len(weights.taps)
-    scan = selective_scan(weights.scan)
-
-    def rho(cz: Array, x: Array) -> Array:
-        return weights.W_out @ (scan.rho(cz[:e], x) * silu(cz[e:])) + weights.out_bias
-
-    return InputVaryingSystem(
-        n=scan.n,
-        A=lambda cz: scan.A(cz[:e]),
-        b=lambda cz: scan.b(cz[:e]),
-        rho=rho,
-        B=lambda cz: scan.B(cz[:e]),
-        C=lambda cz, x: weights.W_out @ (silu(cz[e:])[:, None] * scan.C(cz[:e], x)),
     )
 
 

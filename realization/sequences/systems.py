@@ -20,12 +20,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+
+
+@runtime_checkable
+class System(Protocol):
+    """Anything that reads a token: a state size and a step."""
+
+    @property
+    def n(self) -> int:
+        """State size."""
+
+    def step(self, u: Array, x: Array) -> tuple[Array, Array]:
+        """(y_t, x_{t+1}) from the token and the state."""
 
 
 class Run(NamedTuple):
@@ -102,7 +114,7 @@ class Series:
         Anything with ``n`` and ``step(u, x) -> (y, x_next)``.
     """
 
-    stages: tuple[InputVaryingSystem | Series | Wrapped, ...]
+    stages: tuple[System, ...]
 
     @property
     def n(self) -> int:
@@ -139,7 +151,7 @@ class Wrapped:
         ``after(u, y)``: what goes on (``u + y`` in a residual stream).
     """
 
-    system: InputVaryingSystem | Series
+    system: System
     before: Callable[[Array], Array]
     after: Callable[[Array, Array], Array]
 
@@ -184,7 +196,7 @@ def as_sequence(u: ArrayLike, name: str = "u", width: int | None = None) -> Arra
     return u
 
 
-def state_size(system: InputVaryingSystem | Series | Wrapped) -> int:
+def state_size(system: System) -> int:
     """Numbers that must be kept to go on: n."""
     return system.n
 

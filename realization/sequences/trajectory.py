@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from realization.sequences.systems import Array, InputVaryingSystem, Run, as_sequence
+from realization.sequences.systems import Array, Run, as_sequence
 
 
 @dataclass(frozen=True)
@@ -158,23 +158,6 @@ class LinearTrajectory:
 def backwards(t: int, steps: int) -> range:
     """t-1, t-2, .., t-steps."""
     return range(t - 1, t - 1 - steps, -1)
-
-
-def along(
-    system: InputVaryingSystem, u: ArrayLike, x0: ArrayLike | None = None
-) -> LinearTrajectory:
-    """The coefficients A(u_t), B(u_t), C(u_t, x_t) along tokens u (l, d).
-
-    For a read-out that is linear in (x, v) this is the system itself; for a softmax read-out C_t is
-    the slope at the states visited. D_t, the direct term, is the slope of rho along what the token
-    writes: for read-outs that are linear in the state it is not needed to compare two bases, and is
-    set to zero here; builders that know it (the selective scan) give it themselves.
-    """
-    u = as_sequence(u)
-    x = system.run(u, x0).x
-    C = np.array([system.C(token, state) for token, state in zip(u, x)])
-    A, B = (np.array([f(token) for token in u]) for f in (system.A, system.B))
-    return LinearTrajectory(A, B, C, np.zeros((len(u), C.shape[1], B.shape[2])))
 
 
 def time_invariant(

@@ -4,18 +4,16 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from sequence_weights import random_attention, random_selective
+from sequence_weights import random_selective
 
 from realization.sequences import (
     FORMS,
     LinearTrajectory,
-    along,
     channel_trajectory,
     companion_column,
     controller_form,
     dependence,
     is_causal,
-    linear_attention,
     observability_form,
     reachability_form,
     selective_scan,
@@ -384,17 +382,6 @@ def test_singular_transition_cannot_be_reversed():
     with pytest.raises(ValueError, match="A_t is singular at t=5"):
         time_reversed(observability_form)(lost)
     controller_form(lost)  # which does not need an inverse
-
-
-def test_along_reads_the_coefficients_of_a_system():
-    weights = random_attention(4, 1, 1, 2, seed=15)
-    u = np.random.default_rng(15).normal(size=(9, 4))
-    system = linear_attention(weights)
-    trajectory = along(system, u)
-    assert np.array_equal(trajectory.A, np.broadcast_to(np.eye(4), (9, 4, 4)))
-    for t in range(9):
-        assert np.array_equal(trajectory.B[t], system.B(u[t]))
-        assert np.array_equal(trajectory.C[t], system.C(u[t], np.zeros(4)))
 
 
 def test_reversal_twice_is_the_same_system():

@@ -8,12 +8,15 @@ from sequence_weights import random_attention, random_selective
 
 from realization.sequences import (
     LinearTrajectory,
+    WindowedScan,
     block_companion,
     channel_trajectory,
     frozen_form,
     linear_attention_fir,
     nilpotency_index,
+    selective_scan,
     sensitivity,
+    state_size,
     time_invariant,
     window_form,
 )
@@ -83,6 +86,22 @@ def test_window_form_of_the_selective_scan(n):
     y, form = system.run(v).y, window_form(system)
     run = form.system.run(v[n:], form.state(v[:n], y[:n]))
     np.testing.assert_allclose(run.y, y[n:], atol=1e-9)
+
+
+@pytest.mark.parametrize(("n", "blocks"), [(1, 1), (2, 2), (2, 5), (3, 6)])
+def test_windowed_scan_is_the_scan(n, blocks):
+    """As the text is read, from its first token on, and from any carried state."""
+    weights, u = random_selective(e=3, n=n, r=2, seed=20 + n), np.random.default_rng(n)
+    u = u.normal(size=(28, 3))
+    system = WindowedScan(weights, blocks)
+    run = system.run(u)
+    np.testing.assert_allclose(run.y, selective_scan(weights).run(u).y, atol=1e-9)
+    assert state_size(system) == blocks * 7
+    expected = np.hstack([u[-blocks:], run.y[-blocks:], np.ones((blocks, 1))])
+    assert np.array_equal(run.x[-1], expected.reshape(-1))
+    for cut in (1, blocks, 17):
+        first = system.run(u[:cut])
+        assert np.array_equal(system.run(u[cut:], first.x[-1]).y, run.y[cut:])
 
 
 def gated(amplitude: float, l: int = 80) -> tuple[LinearTrajectory, np.ndarray]:
@@ -184,6 +203,7 @@ def test_constant_last_row_is_fading_memory():
             lambda s: frozen_form(LinearTrajectory(s.A, 0 * s.B, s.C, s.D)),
             "frozen at t=0 is not reachable",
         ),
+        (lambda s: WindowedScan(random_selective(2, 3, 1, 0), 2), "blocks must be at least 3"),
         (lambda s: block_companion(0, 1, None, None, None, None), "at least 1"),
     ],
 )

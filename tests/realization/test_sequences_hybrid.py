@@ -16,6 +16,7 @@ from bmojo_core.layers.bmojo import BMojo
 from realization.sequences import (
     Fading,
     RmsNorm,
+    WindowedScan,
     bmojo_f_layer,
     fading_attention,
     mamba_layer,
@@ -65,7 +66,7 @@ def test_stacked_hybrid_is_the_model():
 def test_bmojo_f_layer_is_the_layer(update, chunk, window, tokens, stride, normalize, wiring):
     config = BMojoConfig.bmojo_f(
         **SIZES, window=window, num_fading_tokens=tokens, fading_stride=stride, wiring=wiring,
-        memory_update=update, memory_chunk=chunk, normalize_fading=normalize,
+        memory_update=update, memory_chunk=chunk, normalize_fading=normalize, key_kernel=0,
     )  # fmt: skip
     layer = randomise(BMojo(config), seed=window)
     h = np.random.default_rng(1).normal(size=(1, 26, 8))
@@ -84,6 +85,28 @@ def test_bmojo_f_layer_is_the_layer(update, chunk, window, tokens, stride, norma
         fading,
         norm_weights(layer.ssm_norm),
         norm_weights(layer.attention_norm) if wiring == "stacked" else None,
+    )
+    np.testing.assert_allclose(system.run(h[0]).y, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("wiring", ["stacked", "parallel"])
+def test_bmojo_f_in_canonical_form_is_the_layer(wiring):
+    """Both halves block companions, the scan's state the window of its inputs and outputs."""
+    config = BMojoConfig.bmojo_f(
+        **SIZES, window=4, num_fading_tokens=2, wiring=wiring, key_kernel=0
+    )
+    layer = randomise(BMojo(config), seed=5)
+    h = np.random.default_rng(5).normal(size=(1, 20, 8))
+    with torch.no_grad():
+        expected = layer(torch.tensor(h))[0][0].numpy()
+    system = bmojo_f_layer(
+        mamba_weights(layer.ssm),
+        attention_weights(layer.attention.projections),
+        window=4,
+        fading=Fading(tokens=2, chunk=4, norm=norm_weights(layer.attention.fading_norm)),
+        ssm_norm=norm_weights(layer.ssm_norm),
+        attention_norm=norm_weights(layer.attention_norm) if wiring == "stacked" else None,
+        scan=lambda weights: WindowedScan(weights, blocks=4),
     )
     np.testing.assert_allclose(system.run(h[0]).y, expected, atol=1e-10)
 
