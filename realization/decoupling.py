@@ -341,7 +341,9 @@ def orthogonal_split(A: Array, rows: Array) -> tuple[Array, int]:
     H = T @ A @ T.T
     if r > 0 and np.linalg.norm(H[r:, :r]) > 1e3 * EPS * np.linalg.norm(A):
         Y = solve_sylvester(-H[r:, r:], H[:r, :r], -H[r:, :r])
-        T, r = _complement_first(T[r:] + Y @ T[:r])
+        # Where both parts have a pole in common the equation is singular and Y means nothing.
+        if np.linalg.norm(Y) < LARGEST_ANGLE:
+            T, r = _complement_first(T[r:] + Y @ T[:r])
     return T, r
 
 

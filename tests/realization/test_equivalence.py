@@ -81,6 +81,18 @@ def test_redundant_interconnections_are_seen(sys, seed):
     assert minimal(parallel(sys, negative), tol=1e-12).n == 0
 
 
+def test_poles_that_the_kept_and_the_dropped_part_share_spoil_no_refinement():
+    # The Newton step for the dropped space has a singular equation here: it must not be taken.
+    sys = random_system(2_000_068, 6, 2, 3, radius=0.95)
+    rng = np.random.default_rng(68)
+    rng.integers((1, 1, 1), (13, 5, 5))
+    for _ in range(20):
+        twice = parallel(sys, sys).transform(change_of_basis(rng, 12, 10.0))
+        reduced = minimal(twice)
+        assert reduced.n == 6
+        assert relative_error(reduced.markov(20), 2 * sys.markov(20)) < 1e-9
+
+
 def test_a_pole_cancelled_by_a_zero_goes():
     pole = StateSpace([[0.5]], [[1.0]], [[1.0]], [[0.0]])  # 1 / (z - 1/2)
     zero = StateSpace([[0.2]], [[1.0]], [[-0.3]], [[1.0]])  # (z - 1/2) / (z - 1/5)
