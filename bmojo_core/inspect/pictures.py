@@ -64,12 +64,13 @@ def timeline(ax: Axes, trace: LayerTrace, row: int = 0) -> Axes:
     chunks = trace.position.shape[1]
     for n in range(chunks):
         for position in trace.remembered(row, n):
-            ax.plot([n * trace.chunk, (n + 1) * trace.chunk], [position] * 2, color=STORED, lw=1.2)
+            span = [n * trace.chunk, (n + 1) * trace.chunk]
+            ax.plot(span, [position] * 2, color=STORED, lw=1.2, ls="-", marker="")
     length = trace.score.shape[1]
     reading = np.arange(length)
     ax.fill_between(reading, np.maximum(0, reading - trace.window + 1), reading, color="#0072B2",
                     alpha=0.25, lw=0, label="window")  # fmt: skip
-    ax.plot([], [], color=STORED, label="eidetic memory")
+    ax.plot([], [], color=STORED, ls="-", marker="", label="eidetic memory")
     ax.set(xlabel="position being read", ylabel="position remembered", xlim=(0, length),
            ylim=(0, length))  # fmt: skip
     ax.legend(loc="upper left", frameon=False)
@@ -84,7 +85,7 @@ def attention_shares(ax: Axes, trace: LayerTrace, row: int = 0) -> Axes:
     )
     ax.set(xlabel="query position", ylabel="share of attention", xlim=(0, mass.shape[1] - 1),
            ylim=(0, 1))  # fmt: skip
-    ax.legend(loc="lower left", ncols=3)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, frameon=False)
     return ax
 
 
