@@ -33,8 +33,8 @@ from scipy.linalg import lapack, schur, solve_sylvester
 from realization.systems import Array
 
 EPS = float(np.finfo(np.float64).eps)
-# Relative perturbation of (A, B, C) that counts as rounding: 18 units in the last place.
-ROUNDING = 4e-15
+# Relative perturbation of (A, B, C) that counts as rounding: nine units in the last place.
+ROUNDING = 2e-15
 # A split is kept while a rounding error turns the split space by less than about this angle.
 LARGEST_ANGLE = 1e-4
 

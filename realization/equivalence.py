@@ -33,7 +33,7 @@ def minimal(sys: StateSpace, tol: float | None = None) -> StateSpace:
     ----------
     sys : StateSpace
     tol : float, optional
-        0 < tol < 1; 4e-15, rounding errors, when left out. When the entries of A, B, C are known to
+        0 < tol < 1; 2e-15, rounding errors, when left out. When the entries of A, B, C are known to
         d digits only, 10**-d.
 
     Returns
