@@ -150,7 +150,7 @@ extern "C" __global__ void conv_forward(const Params p) {
 }
 
 // The walk runs K-1 steps past the tile: dx_t needs ds up to t+K-1.
-extern "C" __global__ void conv_backward(const Params p) {
+extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Params p) {
   Place w = locate(p);
   if (!w.inside) return;
   Filter f = load_filter(p, w.channel);
@@ -158,23 +158,16 @@ extern "C" __global__ void conv_backward(const Params p) {
 #pragma unroll
   for (int j = 1; j < K; ++j) x[j] = widen(load_input(p, w, w.begin - K + j));
   int last = min(p.l, w.end + K - 1);
-  Raw next_x[AHEAD], next_dy[AHEAD];
+  constexpr int TOGETHER = 2 * AHEAD;  // more rows at once here; requesting ahead would cost warps
+  for (int t0 = w.begin; t0 < w.end + K - 1; t0 += TOGETHER) {
+    Raw now_x[TOGETHER], now_dy[TOGETHER];
 #pragma unroll
-  for (int i = 0; i < AHEAD; ++i) {
-    next_x[i] = load_input(p, w, w.begin + i);
-    next_dy[i] = load_gradient(p, w, w.begin + i, last);
-  }
-  for (int t0 = w.begin; t0 < w.end + K - 1; t0 += AHEAD) {
-    Raw now_x[AHEAD], now_dy[AHEAD];
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-      now_x[i] = next_x[i];
-      now_dy[i] = next_dy[i];
-      next_x[i] = load_input(p, w, t0 + AHEAD + i);
-      next_dy[i] = load_gradient(p, w, t0 + AHEAD + i, last);
+    for (int i = 0; i < TOGETHER; ++i) {
+      now_x[i] = load_input(p, w, t0 + i);
+      now_dy[i] = load_gradient(p, w, t0 + i, last);
     }
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
+    for (int i = 0; i < TOGETHER; ++i) {
       int t = t0 + i, done = t - K + 1;  // dx_done is complete once ds_t is known
       push(x, widen(now_x[i]));
       Row now = widen(now_dy[i]), dx;

@@ -206,7 +206,7 @@ def _pointers(job: _Job, k: Tensor, v: Tensor, mem_k, mem_v) -> tuple[Tensor, Te
 
 
 def _launch_forward(job: _Job, q, k, v, mem_k, mem_v, mem_valid, key_valid, out, logsum) -> None:
-    blocks = job.blocks(128, 64, 8 if job.p > 64 else 4, 3, min(job.chunk, job.l))
+    blocks = job.blocks(64 if job.p > 64 else 128, 64, 4, 3, min(job.chunk, job.l))
     per_chunk = -(-min(job.chunk, job.l) // blocks.rows)
     strides = _strides(q, 3, k, 3, v, 3, mem_k, 4, mem_v, 4, out, 3)
     pointers = (q, k, v, *_pointers(job, k, v, mem_k, mem_v), mem_valid, key_valid, out, logsum)
@@ -227,7 +227,7 @@ def _launch_dot(job: _Job, dout, out, dot) -> None:
 def _launch_queries(
     job: _Job, q, k, v, mem_k, mem_v, mem_valid, key_valid, dout, logsum, dot, dq
 ) -> None:
-    blocks = job.blocks(128, 64, 8 if job.p > 64 else 4, 2, min(job.chunk, job.l))
+    blocks = job.blocks(64 if job.p > 64 else 128, 64, 4, 2, min(job.chunk, job.l))
     per_chunk = -(-min(job.chunk, job.l) // blocks.rows)
     strides = _strides(q, 3, k, 3, v, 3, mem_k, 4, mem_v, 4, dout, 3, dq, 3)
     memory = _pointers(job, k, v, mem_k, mem_v)

@@ -32,6 +32,7 @@ from .. import _nvrtc
 
 CHANNELS, GROUP, CHUNK, TILE = 2, 8, 64, 32  # as in the sources
 MAX_STATES = 128
+MOST_SEGMENTS = 16
 ELEMENT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 _POINTERS = (
@@ -86,14 +87,11 @@ class Tiling:
         staged = 2 * self.block_c * (2 * u_bytes + delta_bytes)
         return TILE * (8 * self.block_c + 8 * self.n_pad + staged)
 
-    def gradient_bytes(self) -> int:
-        """What the reversed walk over a segment needs: steps, dy, C."""
-        return CHUNK * (12 * self.block_c + 4 * self.n_pad)
-
     def backward_bytes(self) -> int:
+        rows = CHUNK * (12 * self.block_c + 8 * self.n_pad)
         starts = (CHUNK // GROUP - 1) * CHANNELS * self.threads * 4 * self.states
         sums = 2 * self.warps * GROUP * 2 * self.n_pad * 4
-        return self.gradient_bytes() + CHUNK * 4 * self.n_pad + starts + sums
+        return rows + starts + sums
 
 
 def lanes_for(n: int, states: int) -> int:
@@ -107,20 +105,20 @@ def tiling(
 ) -> Tiling:
     """The cut that keeps the chip busy.
 
-    Four states a thread cost the fewest instructions. Where that leaves too few warps, two states
-    a thread (for 9 to 16 states) make twice as many; where even those are too few, time is cut
-    into segments, each of which but one is walked twice.
+    Four states a thread cost the fewest instructions, and two blocks a multiprocessor are enough
+    of them. With fewer, two states a thread (for 9 to 16 states) make twice as many warps. With
+    fewer than one, time is cut into segments, each of which but one is walked twice; many short
+    ones then run better than few long ones. (Measured on an H200.)
     """
-    resident = multiprocessors * (2 if backward else 4)  # blocks that run at once
     wide = Tiling(4, lanes_for(n, 4))
     blocks = b * -(-d // wide.block_c)
-    if 8 < n <= 16 and blocks < resident:
-        wide = Tiling(2, lanes_for(n, 2))
-        blocks = b * -(-d // wide.block_c)
-    if blocks * 2 > resident:
+    enough = multiprocessors * (9 if backward else 10) // 5
+    if blocks >= enough:
         return wide
+    if blocks >= multiprocessors:
+        return Tiling(2, lanes_for(n, 2)) if 8 < n <= 16 else wide
     chunks = -(-l // CHUNK)
-    wanted = max(1, min(resident // blocks, chunks // 2))
+    wanted = max(1, min(-(-8 * multiprocessors // blocks), MOST_SEGMENTS, chunks // 4))
     per_segment = -(-chunks // wanted)
     return replace(wide, segments=-(-chunks // per_segment))
 
@@ -177,22 +175,21 @@ class _Call:
         pass_: str,
         work: _Work,
         grid: tuple[int, int, int] | None = None,
-        shared: int | None = None,
     ) -> None:
         """Launch one kernel of ``scan_{pass_}.cu``, by default a block per (channels, segment)."""
-        t, most = self.tiling, self.shared_bytes(pass_)
+        t, shared = self.tiling, self.shared_bytes(pass_)
         defines = (
             ("STATES", str(t.states)),
             ("LANES_N", str(t.lanes_n)),
             ("VECTORS", str(int(work.vectors))),
-            ("SHARED_BYTES", str(most)),
+            ("SHARED_BYTES", str(shared)),
         )
         source = _nvrtc.read_source(
             "_intrinsics.cu", "selective_scan/scan_common.cu", f"selective_scan/scan_{pass_}.cu"
         )
         module = _nvrtc.load(source, self.defines + defines, self.device.index)
         grid = grid or (self.b * self.blocks, t.segments, 1)
-        module.launch(kernel, grid, t.threads, most if shared is None else shared, work.params)
+        module.launch(kernel, grid, t.threads, shared, work.params)
 
 
 @lru_cache(maxsize=16)
@@ -291,11 +288,10 @@ class _SelectiveScan(torch.autograd.Function):
         work |= call.segment_ends()
         launched = _Work.of(call, work)
         if t.segments > 1:
-            shared = t.gradient_bytes()
-            call.launch("scan_segment_gradients", "backward", launched, shared=shared)
+            call.launch("scan_segment_gradients", "forward", launched)
         call.launch("scan_gradients", "backward", launched)
         sums = -(-call.b * call.l * 2 * t.n_pad // t.threads)
-        call.launch("scan_sum_over_channels", "backward", launched, (sums, 1, 1), 0)
+        call.launch("scan_sum_over_channels", "backward", launched, (sums, 1, 1))
         return (*_gradients(call, work, ctx.dtypes), None, None)
 
 

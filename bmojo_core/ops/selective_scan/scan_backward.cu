@@ -23,8 +23,7 @@ using Part = PartOf<HALF>::type;
 struct alignas(16) BackwardShared {
   float2 step[CHUNK][BLOCK_C];  // (delta, delta u)
   float dy[CHUNK][BLOCK_C];     // gradient of y before the gate
-  float C[CHUNK][N_PAD];        // up to here: all that scan_segment_gradients needs
-  float B[CHUNK][N_PAD];
+  float B[CHUNK][N_PAD], C[CHUNK][N_PAD];
   float start[GROUPS - 1][CHANNELS][THREADS][STATES];
   float dbc[2][WARPS][GROUP][2 * N_PAD];
 };
@@ -135,7 +134,6 @@ struct Inputs {
 };
 
 // Everything the walk needs of steps t0 .. t0 + CHUNK, prepared once for all threads.
-template <bool MAIN>
 __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, BackwardShared& s,
                                               const Inputs& in, float2 bias, int t0) {
   int c = threadIdx.x % PAIRS * CHANNELS, first = threadIdx.x / PAIRS;
@@ -144,8 +142,7 @@ __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, B
     long long row = t0 + t;
     int count = row < w.end ? in.count : 0;
     float2 raw = read_pair(in.delta + row * p.delta_l, count);
-    float2 dy = read_pair(in.dy + row * p.dy_l, count), u = make_float2(0.f, 0.f);
-    if (MAIN) u = read_pair(in.u + row * p.u_l, count);
+    float2 u = read_pair(in.u + row * p.u_l, count), dy = read_pair(in.dy + row * p.dy_l, count);
     if (HAS_Z) {
       float2 z = read_pair(in.z + row * p.z_l, count);
       dy.x *= silu(z.x);
@@ -162,42 +159,9 @@ __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, B
 #pragma unroll 4
   for (int t = threadIdx.x / N_PAD; t < CHUNK; t += THREADS / N_PAD) {
     bool inside = n < p.n && t0 + t < w.end;
-    if (MAIN) s.B[t][n] = inside ? to_float(B[(t0 + t) * p.B_l]) : 0.f;
+    s.B[t][n] = inside ? to_float(B[(t0 + t) * p.B_l]) : 0.f;
     s.C[t][n] = inside ? to_float(C[(t0 + t) * p.C_l]) : 0.f;
   }
-}
-
-// What each segment but the first passes to the gradient of the state before it.
-extern "C" __global__ void __launch_bounds__(THREADS) scan_segment_gradients(const Params p) {
-  BackwardShared& s = *reinterpret_cast<BackwardShared*>(shared_bytes);
-  Place w = locate(p);
-  if (w.segment == 0) return;
-  float A[CHANNELS][STATES], g[CHANNELS][STATES] = {}, time[CHANNELS] = {};
-  load_A(p, w, A);
-  int shared_c = w.block * BLOCK_C + threadIdx.x % PAIRS * CHANNELS;
-  Inputs in(p, w.batch, shared_c);
-  float2 bias = bias_at(p, shared_c);
-  for (int t0 = w.begin + (w.end - 1 - w.begin) / CHUNK * CHUNK; t0 >= w.begin; t0 -= CHUNK) {
-    __syncthreads();
-    prepare_chunk<false>(p, w, s, in, bias, t0);
-    __syncthreads();
-#pragma unroll 8
-    for (int t = CHUNK - 1; t >= 0; --t) {
-      float4 step = *reinterpret_cast<const float4*>(&s.step[t][w.local_c]);
-      float2 dy2 = *reinterpret_cast<const float2*>(&s.dy[t][w.local_c]);
-      float C[STATES];
-      load_states(s.C[t], w.lane_n, C);
-      const float delta[CHANNELS] = {step.x, step.z}, dy[CHANNELS] = {dy2.x, dy2.y};
-#pragma unroll
-      for (int c = 0; c < CHANNELS; ++c) {
-        time[c] += delta[c];
-#pragma unroll
-        for (int j = 0; j < STATES; ++j)
-          g[c][j] = exp2_fast(delta[c] * A[c][j]) * (C[j] * dy[c] + g[c][j]);
-      }
-    }
-  }
-  store_segment(p, w, g, time);
 }
 
 struct Sums {  // over this thread's time steps
@@ -374,7 +338,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_gradients(c
   Outputs out(p, w);
 
   for (int t0 = w.begin + (w.end - 1 - w.begin) / CHUNK * CHUNK; t0 >= w.begin; t0 -= CHUNK) {
-    prepare_chunk<true>(p, w, s, to_prepare, bias, t0);
+    prepare_chunk(p, w, s, to_prepare, bias, t0);
     float x[CHANNELS][STATES] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
