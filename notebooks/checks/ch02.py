@@ -95,9 +95,7 @@ def check_reached(reached: Callable) -> None:
             if name.startswith("the same"):
                 hint = " Zero rows of B mean something in modal coordinates only; rank does not."
             elif name.startswith("two equal modes, one"):
-                hint = (
-                    " Both states get the same input and never differ: [lam I - A, B] has rank 1"
-                )
+                hint = " Both states get the same input and never differ: [lam I - A, B] has rank 1"
             elif name.startswith("a Jordan"):
                 hint = " Ask for the rank of [lam I - A, B], not for the entries of B."
             assert said == right, (
