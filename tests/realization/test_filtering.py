@@ -215,6 +215,18 @@ def test_stretches_of_constant_gain_change_nothing(radius, gaps):
     assert np.isclose(log_likelihood(model, y, u, np.zeros(5), P0), loglik, rtol=1e-12)
 
 
+def test_a_small_step_after_a_vague_start_is_not_taken_for_convergence():
+    # P falls by 1e6, then by far less, then by a fraction of that: no geometric series yet.
+    start, P0 = np.zeros(1), np.array([[1e6]])
+    for R in np.geomspace(0.03, 10, 40):
+        model = StochasticRealization(*arrays([[0.999]], [[2.4]], [[2.6]], [[R]]))
+        y = model.simulate(24, 0)
+        loglik, innovations, _ = loop_filter(model, y, None, start, P0)
+        result = kalman_filter(model, y, None, start, P0)
+        assert np.isclose(result.loglik, loglik, rtol=1e-10)
+        assert np.allclose(result.innovations[:, 0], innovations, rtol=1e-9, atol=1e-10)
+
+
 def test_loglik_equals_statsmodels_over_a_long_record():
     kalman = pytest.importorskip("statsmodels.tsa.statespace.kalman_filter")
     base = random_realization(3, n=8, p=2, radius=0.97)
