@@ -150,7 +150,7 @@ extern "C" __global__ void conv_forward(const Params p) {
 }
 
 // The walk runs K-1 steps past the tile: dx_t needs ds up to t+K-1.
-extern "C" __global__ void __launch_bounds__(128, 4) conv_backward(const Params p) {
+extern "C" __global__ void conv_backward(const Params p) {
   Place w = locate(p);
   if (!w.inside) return;
   Filter f = load_filter(p, w.channel);

@@ -1,0 +1,97 @@
+"""Run the GPU tests and write down what happened on which device.
+
+    python tests/gpu/record.py [--workers 8] [--sanitize] [--output results/gpu_tests.json]
+
+With --sanitize a selection of small shapes runs a second time under compute-sanitizer (memcheck,
+torch's caching allocator off), which reports any access outside an allocation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+import triton
+
+HERE = Path(__file__).parent
+SMALL = (
+    "views or any_number_of_states or every_cut or any_taps or innovation_of or (algorithm and 63)"
+)
+
+
+def pytest_command(report: Path, *extra: str) -> list[str]:
+    """pytest on this folder alone, so that no other test's needs stand in the way."""
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", f"--confcutdir={HERE}", "-q"]
+    return [sys.executable, "-m", "pytest", str(HERE), *options, f"--junitxml={report}", *extra]
+
+
+def outcomes(report: Path) -> dict:
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    tests = {}
+    for case in cases:
+        state = next((child.tag for child in case if child.tag in STATES), "passed")
+        name = f"{case.get('classname', '').split('.')[-1]}::{case.get('name')}"
+        tests[name] = STATES.get(state, "passed")
+    counts = {state: list(tests.values()).count(state) for state in sorted(set(tests.values()))}
+    return dict(counts=counts, tests=tests)
+
+
+STATES = {"failure": "failed", "error": "error", "skipped": "skipped"}
+
+
+def run_tests(workers: int) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        report, start = Path(folder) / "report.xml", time.perf_counter()
+        spread = ["-n", str(workers)] if workers > 1 else []
+        done = subprocess.run(pytest_command(report, *spread), check=False)
+        seconds = round(time.perf_counter() - start, 1)
+        return dict(exit_code=done.returncode, seconds=seconds, **outcomes(report))
+
+
+def run_sanitizer() -> dict:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        return dict(skipped="compute-sanitizer is not on the path")
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [tool, "--tool", "memcheck", "--error-exitcode", "9"]
+        command += pytest_command(report, "-k", SMALL)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        summary = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line]
+        found = outcomes(report) if report.exists() else dict(output=done.stdout[-2000:])
+    return dict(tool="memcheck", exit_code=done.returncode, summary=summary, **found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--sanitize", action="store_true")
+    parser.add_argument("--only-sanitize", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("results/gpu_tests.json"))
+    arguments = parser.parse_args()
+    record = dict(
+        device=torch.cuda.get_device_name(),
+        versions=dict(torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda),
+    )
+    if not arguments.only_sanitize:
+        record["pytest"] = run_tests(arguments.workers)
+    if arguments.sanitize or arguments.only_sanitize:
+        record["compute_sanitizer"] = run_sanitizer()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps({n: {k: v for k, v in x.items() if k != "tests"} if isinstance(x, dict) else x
+                      for n, x in record.items()}, indent=1))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
