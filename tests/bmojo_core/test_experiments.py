@@ -1,0 +1,145 @@
+"""Sweeps: a job's record is whole, named after its content, and never computed twice."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bmojo_core import BMojoConfig, BMojoForCausalLM
+from bmojo_core.evaluation import accuracy_per_example, recall_accuracy
+from bmojo_core.experiments import figure2, wiring
+from bmojo_core.experiments.command import collect
+from bmojo_core.experiments.packed import Job, _Running, load_records, run_jobs, state_bytes
+from bmojo_core.experiments.recall_data import RecallPool
+from bmojo_core.tasks import mqar
+from bmojo_core.training import scored_loss
+
+TASK = {"seq_len": 24, "pairs": [2, 4], "vocab_size": 32, "examples": 64, "held_out": 16}
+SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "window": 4, "state_size": 4,
+         "num_eidetic_tokens": 6, "num_fading_tokens": 1}  # fmt: skip
+
+
+def job(**changes) -> Job:
+    return dataclasses.replace(
+        Job("bmojo", SIZES, TASK, steps=3, batch=4, tags={"kind": "bmojo"}), **changes
+    )
+
+
+def test_names_follow_content():
+    assert job().name == job().name
+    names = {
+        job(**c).name for c in ({}, {"seed": 1}, {"lr": 1e-4}, {"sizes": {**SIZES, "window": 5}})
+    }
+    assert len(names) == 4
+
+
+def test_a_recorded_job_is_not_run_again(tmp_path):
+    jobs = [job(), job(seed=1)]
+    said = []
+    assert run_jobs(jobs, tmp_path, together=2, say=said.append) == 2
+    before = [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+    assert run_jobs(jobs, tmp_path, say=said.append) == 0
+    assert before == [path.stat().st_mtime_ns for path in sorted(tmp_path.iterdir())]
+    record = load_records(tmp_path)[0]
+    assert Job(**record["job"]) in jobs and record["accuracy"].keys() == {"2", "4"}
+    assert record["parameters"] == BMojoConfig.bmojo(vocab_size=32, **SIZES).parameter_count
+    assert {"versions", "device", "seconds", "state_bytes"} <= record.keys()
+
+
+def test_a_sweep_without_time_runs_nothing_and_leaves_nothing(tmp_path):
+    assert run_jobs([job()], tmp_path, seconds=0.0) == 0 and not list(tmp_path.iterdir())
+
+
+def test_runs_repeat_to_the_same_numbers(tmp_path):
+    for folder in ("a", "b"):
+        run_jobs([job()], tmp_path / folder, say=lambda line: None)
+    a, b = (load_records(tmp_path / folder)[0]["evaluations"] for folder in ("a", "b"))
+    assert a == b
+
+
+def test_pool_holds_mqar_examples():
+    pool = RecallPool(**TASK)
+    ids, labels = mqar(64, 24, 4, vocab_size=32, seed=4)
+    kept_ids, positions, targets = (x.long() for x in pool.train[4])
+    assert torch.equal(kept_ids, ids)
+    rebuilt = torch.full_like(labels, -100)
+    assert torch.equal(rebuilt.scatter(1, positions, targets), labels)
+    _, positions, targets = (x.long() for x in pool.train[2])
+    assert ((targets != -100).sum(1) == 2).all() and targets.shape[1] == 4
+
+
+def test_packed_loss_and_accuracy_are_those_of_the_plain_path():
+    running = _Running(job(), RecallPool(**TASK), "cpu")
+    buffers = running.buffers
+    running.pool.draw(buffers, random.Random(1), torch.Generator().manual_seed(1))
+    labels = torch.full((4, 24), -100)
+    for row in range(4):
+        for at, target in zip(buffers.positions[row], buffers.targets[row], strict=True):
+            if target != -100:
+                labels[row, at] = target.long()
+    expected = scored_loss(running.model, buffers.ids.long(), labels)
+    running._plain_step()
+    torch.testing.assert_close(running.loss, expected.detach(), rtol=1e-5, atol=1e-6)
+    data = mqar(16, 24, 4, vocab_size=32, seed=10_004)
+    running.model.eval()
+    plain = recall_accuracy(running.model, *data)
+    assert abs(running.pool.evaluate(running.model)["4"] - plain) < 1e-4
+
+
+def test_accuracy_is_the_mean_share_of_right_answers():
+    torch.manual_seed(0)
+    model = BMojoForCausalLM(BMojoConfig.mamba(vocab_size=32, hidden_size=16, num_layers=1)).eval()
+    ids, labels = mqar(30, 24, 4, vocab_size=32, seed=0)
+    said = F.log_softmax(model(ids).logits, -1).argmax(-1)
+    by_hand = [
+        sum(int(said[i, t] == labels[i, t]) for t in range(24) if labels[i, t] != -100) / 4
+        for i in range(30)
+    ]
+    torch.testing.assert_close(
+        accuracy_per_example(model, ids, labels, batch_size=7), torch.tensor(by_hand).double()
+    )
+    with pytest.raises(ValueError, match="score at least one column"):
+        accuracy_per_example(model, ids, torch.full_like(labels, -100))
+
+
+def test_oracle_scores_are_the_values_columns():
+    pool = RecallPool(**TASK)
+    assert pool.oracle(3, 2).nonzero()[:, 1].tolist() == [1, 3, 5] * 2
+
+
+def test_state_bytes_do_not_grow_except_for_full_attention():
+    bmojo = BMojoConfig.bmojo(vocab_size=32, **SIZES)
+    full = BMojoConfig.transformer(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2)
+    assert state_bytes(bmojo, 1) == state_bytes(bmojo, 40)
+    assert state_bytes(full, 40) > 30 * state_bytes(full, 1)
+
+
+def test_figure_2_repeats_the_best_rate(tmp_path):
+    folder = tmp_path / "runs" / "figure2"
+    folder.mkdir(parents=True)
+    for lr, accuracy in ((1e-3, 0.2), (3e-3, 0.9), (9e-3, 0.4)):
+        made = figure2.job("mamba", 8, lr, 0)
+        record = {"job": dataclasses.asdict(made), "accuracy": {"16": accuracy}}
+        (folder / f"{made.name}.json").write_text(json.dumps(record))
+    repeats = figure2.repeats(folder)
+    assert [(j.lr, j.seed) for j in repeats] == [(3e-3, 1), (3e-3, 2)]
+    assert len({j.name for j in figure2.jobs(tmp_path)}) == 75 + 24 + 2
+
+
+def test_collect_takes_the_sweeps_own_records(tmp_path, capsys):
+    jobs = [job(), job(seed=1)]
+    run_jobs(jobs[:1], tmp_path / "runs" / "x", say=lambda line: None)
+    content = json.loads(collect("x", jobs, tmp_path).read_text())
+    assert content["jobs"] == 2 and len(content["runs"]) == 1
+    assert "1 of 2 runs" in capsys.readouterr().out
+
+
+def test_wiring_variants_are_valid_configurations_and_differ():
+    sizes = [
+        getattr(BMojoConfig, kind)(vocab_size=64, **{**wiring.BASE, **changes}).to_json_string()
+        for kind, changes in wiring.VARIANTS.values()
+    ]
+    assert len(set(sizes)) == len(sizes) == 24
