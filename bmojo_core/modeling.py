@@ -123,9 +123,11 @@ class BMojoModel(BMojoPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Embedding:
+        """The table of token embeddings (d,) each; transformers asks for it."""
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the table of token embeddings."""
         self.embed_tokens = value
 
     def forward(
@@ -229,9 +231,11 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Linear:
+        """The head, whose weight is the embedding table unless untied."""
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Linear) -> None:
+        """Replace the head."""
         self.lm_head = value
 
     def forward(
