@@ -45,6 +45,7 @@ ATTENTIONS = (  # length, key heads, memory tokens; 16384 tokens, 16 heads of 12
     (16384, 4, 128),
     (131072, 16, 128),
 )
+LARGEST_CLOCK_KHZ = 1_980_000  # H100 and H200
 STATES, TAPS, HEADS, WIDTH, WINDOW, CHUNK = 16, 4, 16, 128, 512, 512
 
 
@@ -83,9 +84,7 @@ def copy_rate() -> float:
 def exponential_rate() -> float:
     """Exponentials a millisecond: 16 a clock and multiprocessor at the largest clock."""
     device = torch.cuda.get_device_properties(0)
-    kilohertz = torch.cuda.clock_rate() * 1000 if hasattr(torch.cuda, "clock_rate") else 0
-    kilohertz = max(kilohertz, getattr(device, "clock_rate", 0), 1_980_000)
-    return 16.0 * device.multi_processor_count * kilohertz
+    return 16.0 * device.multi_processor_count * LARGEST_CLOCK_KHZ
 
 
 def normal(*shape: int, grad: bool = True) -> Tensor:
