@@ -185,6 +185,8 @@ def fading_positions(c: BMojoConfig, chunks: int, phase: Int[Tensor, "b"]) -> In
 
 def merge_candidates(waiting: Tokens, new: Tokens) -> Tokens:
     """The stream of tokens as memory sees it: late by as many as are waiting."""
+    if waiting.score.shape[1] == 0:
+        return new
     joined = Tokens(*(torch.cat(pair, 1) for pair in zip(waiting, new, strict=True)))
     return Tokens(*(x[:, : new.score.shape[1]] for x in joined))
 

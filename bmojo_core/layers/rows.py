@@ -42,6 +42,8 @@ def slide(
     Never a view: a state must not keep alive the long tensor that it was cut from.
     """
     c, l = old.shape[1], new.shape[1]
+    if c == 0:
+        return old
     if lengths is not None:
         index = lengths[:, None] + torch.arange(c, device=new.device)
         return take(torch.cat([old, new], 1), index)

@@ -2,6 +2,7 @@
 
 The loops do the linear filter a = weight * (initial_state, x) + bias; the activation is torch's,
 and backward recomputes `a` rather than storing it. Half-precision inputs are widened to float32.
+The loops are registered with torch as operators, so that a graph can be traced through them.
 """
 
 from types import ModuleType
@@ -55,6 +56,7 @@ class _CausalConv(torch.autograd.Function):
         return *linear_filter_gradients(x, weight, past, dy), None
 
 
+@torch.library.custom_op("bmojo::causal_filter", mutates_args=(), device_types="cpu")
 def linear_filter(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> Tensor:
     """a (b, l, d) before the activation."""
     a = x.new_empty(x.shape)
@@ -64,6 +66,12 @@ def linear_filter(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> Tens
     return a
 
 
+@linear_filter.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("bmojo::causal_filter_gradients", mutates_args=(), device_types="cpu")
 def linear_filter_gradients(
     x: Tensor, weight: Tensor, past: Tensor, da: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -74,7 +82,13 @@ def linear_filter_gradients(
     dweight, dbias = x.new_zeros(len(pieces), k, d), x.new_zeros(len(pieces), d)
     arrays = _arrays(x, weight.T, past, da, dx, dweight, dbias, dpast)
     run_pieces(_kernels().filter_backward, pieces, *arrays)
-    return dx, dweight.sum(0).T, dbias.sum(0), dpast
+    return dx, dweight.sum(0).T.contiguous(), dbias.sum(0), dpast
+
+
+@linear_filter_gradients.register_fake
+def _(x: Tensor, weight: Tensor, past: Tensor, da: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = (x.shape, weight.shape, weight.shape[:1], past.shape)
+    return tuple(x.new_empty(shape) for shape in shapes)
 
 
 def _kernels() -> ModuleType:

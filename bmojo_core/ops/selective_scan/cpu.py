@@ -2,7 +2,8 @@
 
 Nothing of size b l d n is stored: forward keeps the state before every SPAN-th position and
 backward recomputes the rest. Half-precision inputs are widened to float32 first. Symbols and
-shapes are those of the package's docstring.
+shapes are those of the package's docstring. The loops are registered with torch as operators, so
+that a graph can be traced through them.
 """
 
 import math
@@ -61,16 +62,18 @@ class _SelectiveScan(torch.autograd.Function):
         x0: Tensor,
     ) -> tuple[Tensor, Tensor]:
         arguments = (u, delta, A, B, C, D, z, x0)
-        y, last_state, checkpoints = forward(*arguments, keep=any(ctx.needs_input_grad))
+        y, last_state, checkpoints = forward(*arguments, any(ctx.needs_input_grad))
         ctx.save_for_backward(u, delta, A, B, C, D, z, checkpoints)
         return y, last_state
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        return backward(dy, dlast, *ctx.saved_tensors)
+        *gradients, dz, dx0 = backward(dy, dlast, *ctx.saved_tensors)
+        return *gradients, dz if ctx.needs_input_grad[6] else None, dx0
 
 
+@torch.library.custom_op("bmojo::selective_scan", mutates_args=(), device_types="cpu")
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -104,6 +107,17 @@ def forward(
     return y, last_state, checkpoints
 
 
+@forward.register_fake
+def _(u, delta, A, B, C, D, z, x0, keep):
+    kernels = _kernels()
+    (b, l, d), n = u.shape, A.shape[1]
+    spans = -(-l // kernels.SPAN) if keep else 0
+    tiles = -(-d // kernels.LANES)
+    checkpoints = u.new_empty(b, spans, tiles, n, kernels.LANES)
+    return u.new_empty(u.shape), u.new_empty(x0.shape), checkpoints
+
+
+@torch.library.custom_op("bmojo::selective_scan_backward", mutates_args=(), device_types="cpu")
 def backward(
     dy: Tensor,
     dlast: Tensor,
@@ -115,8 +129,8 @@ def backward(
     D: Tensor,
     z: Tensor | None,
     checkpoints: Tensor,
-) -> tuple[Tensor | None, ...]:
-    """Gradients by u, delta, A, B, C, D, z and x0."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients by u, delta, A, B, C, D, z (empty without z) and x0."""
     kernels = _kernels()
     b, l, d = u.shape
     n = A.shape[1]
@@ -139,9 +153,16 @@ def backward(
         *_arrays(checkpoints, dy, dlast),
         *_arrays(du, ddelta, dA, dB, dC, dD, dz, dx0),
     )
-    dA = dA.sum(0).transpose(1, 2).reshape(-1, n)[:d]
-    dD = dD.sum(0)[:d]
-    return du, ddelta, dA, dB.sum(0), dC.sum(0), dD, None if z is None else dz, dx0
+    dA = dA.sum(0).transpose(1, 2).reshape(-1, n)[:d].clone()
+    dD = dD.sum(0)[:d].clone()
+    return du, ddelta, dA, dB.sum(0), dC.sum(0), dD, dz, dx0
+
+
+@backward.register_fake
+def _(dy, dlast, u, delta, A, B, C, D, z, checkpoints):
+    dz = u.new_empty(u.shape) if z is not None else u.new_empty(0, *u.shape[1:])
+    like = (u, delta, A, B, C, D)
+    return *(u.new_empty(x.shape) for x in like), dz, u.new_empty(dlast.shape)
 
 
 def _kernels() -> ModuleType:
