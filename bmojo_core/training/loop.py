@@ -5,6 +5,9 @@
 A run is a pure function of its arguments: ``batch(s)`` gives the same examples for the same s, so a
 run that was interrupted goes on from its last checkpoint to the same numbers.
 
+The loop is the same on one process, on replicas and on shards (``engine``), and on sequences that
+are read in chunks (``bptt``).
+
 Labels are aligned: ``labels[:, t]`` is what the output at column t must say, -100 where nothing is
 asked.  (transformers shifts labels inside the model; the tasks here need no shift.)
 """
@@ -25,7 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bmojo_core.modeling import BMojoForCausalLM
-from bmojo_core.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from bmojo_core.training.bptt import chunks, truncated_backward
+from bmojo_core.training.checkpoint import (
+    checkpoints,
+    load_checkpoint,
+    own_part,
+    save_checkpoint,
+)
+from bmojo_core.training.engine import Engine, single
 from bmojo_core.training.optim import adamw, set_learning_rates
 from bmojo_core.training.record import provenance
 
@@ -49,6 +59,9 @@ class Recipe:
         The rate at the end of the cosine.
     accumulate
         Batches whose gradients make one step.
+    chunk, horizon
+        Read sequences in chunks of so many tokens and truncate gradients after so many chunks
+        (appendix B.2); a chunk of 0 reads them whole.
     evaluate_every, stop_at
         Evaluate every so many steps (0: only at the end) and stop early when the evaluation
         returns at least ``stop_at`` under the key ``"accuracy"``.
@@ -66,6 +79,8 @@ class Recipe:
     weight_decay: float = 0.1
     clip: float = 1.0
     accumulate: int = 1
+    chunk: int = 0
+    horizon: int = 1
     evaluate_every: int = 0
     stop_at: float | None = None
     checkpoint_every: int = 0
@@ -73,9 +88,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        least = {"steps": 1, "accumulate": 1, "horizon": 1, "chunk": 0, "checkpoint_every": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
         for name in ("lr_ssm", "lr_attention", "clip"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -101,7 +117,8 @@ def scored_loss(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy over the scored columns; logits are computed for those alone."""
     logits, target = scored_logits(model, input_ids, labels)
-    return F.cross_entropy(logits.float(), target)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), target)
 
 
 def scored_logits(
@@ -121,21 +138,31 @@ def train(
     evaluate: Callable[[BMojoForCausalLM], dict[str, Any]] | None = None,
     loss: Callable[[BMojoForCausalLM, Tensor, Tensor], Tensor] = scored_loss,
     folder: str | Path | None = None,
+    keep: int = 1,
     name: str = "training",
     progress: bool = True,
+    engine: Engine | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Run:
     """Train in place; resume from ``folder`` when it holds a checkpoint.
 
     Parameters
     ----------
     batch
-        Examples of step s (counted from 1 over all batches, accumulated ones included).
+        Examples of step s (counted from 1 over all batches, accumulated ones included).  Every
+        rank is given all of them and takes its own rows.
     evaluate
-        Metrics of the model, on data of its own.
-    folder
-        Where checkpoints go; nothing is written without one.
+        Metrics of the model, on data of its own; every rank computes them.
+    loss
+        Mean over the scored columns.
+    folder, keep
+        Where checkpoints go, and how many of the newest stay; nothing is written without a folder.
     name
         Shown by the progress bar.
+    engine
+        Where to train; None: in this process.
+    stop
+        Asked after every step: whether to save and raise ``KeyboardInterrupt`` (``interruption``).
 
     Raises
     ------
@@ -143,31 +170,46 @@ def train(
         When the loss is not finite: says the step and the largest gradient of the step before.
     ValueError
         When the folder's checkpoint is damaged or belongs to another recipe.
+    OSError
+        When a checkpoint cannot be written; those already there are untouched.
     """
     if recipe.checkpoint_every and folder is None:
         raise ValueError("checkpoint_every needs a folder")
+    if recipe.chunk and loss is not scored_loss:
+        raise ValueError("chunk needs the loss to be scored_loss, whose parts add up")
     torch.manual_seed(recipe.seed)
-    optimizer = adamw(model, recipe.lr_ssm, recipe.lr_attention, recipe.weight_decay)
+    engine = engine or single(model)
+    optimizer = adamw(engine.model, recipe.lr_ssm, recipe.lr_attention, recipe.weight_decay)
     begun = time.perf_counter()
-    first, losses, evaluations = _resume(folder, model, optimizer, recipe)
+    first, losses, evaluations = _resume(folder, engine.model, optimizer, recipe)
+
+    def save(step: int) -> None:
+        run = {"recipe": asdict(recipe), "losses": losses, "evaluations": evaluations}
+        save_checkpoint(folder, step, engine.model, optimizer, run, keep, write=engine.is_main)
+        engine.wait()
+
     warmup = round(recipe.warmup * recipe.steps)
-    bar = tqdm(range(first, recipe.steps + 1), desc=name, disable=not progress, leave=True,
-               initial=first - 1, total=recipe.steps, mininterval=0.5)  # fmt: skip
+    bar = tqdm(range(first, recipe.steps + 1), desc=name, disable=not (progress and engine.is_main),
+               leave=True, initial=first - 1, total=recipe.steps, mininterval=0.5)  # fmt: skip
     model.train()
     for step in bar:
         set_learning_rates(optimizer, step, recipe.steps, warmup, recipe.floor)
-        losses.append(_step(model, optimizer, batch, loss, recipe, step))
+        losses.append(_step(engine, optimizer, batch, loss, recipe, step))
         bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
         last = step == recipe.steps
         due = recipe.evaluate_every and step % recipe.evaluate_every == 0
         if evaluate is not None and (due or last):
-            evaluations.append({"step": step, **_evaluated(model, evaluate)})
+            evaluations.append({"step": step, **_evaluated(engine, evaluate)})
             bar.set_postfix_str(_brief(losses[-1], evaluations[-1]), refresh=False)
             accuracy = evaluations[-1].get("accuracy", -math.inf)
             last = last or (recipe.stop_at is not None and accuracy >= recipe.stop_at)
-        if recipe.checkpoint_every and (last or step % recipe.checkpoint_every == 0):
-            run = {"recipe": asdict(recipe), "losses": losses, "evaluations": evaluations}
-            save_checkpoint(folder, step, model, optimizer, run)
+        asked = stop is not None and engine.any(stop())
+        every = recipe.checkpoint_every
+        if folder is not None and (asked or (every and (last or step % every == 0))):
+            save(step)
+        if asked and not last:
+            bar.close()
+            raise KeyboardInterrupt(f"stopped after step {step} of {recipe.steps}")
         if last:
             break
     bar.close()
@@ -177,43 +219,77 @@ def train(
     return Run(losses, evaluations, seconds, record)
 
 
-def _step(model, optimizer, batch, loss, recipe: Recipe, step: int) -> float:
+def _step(engine: Engine, optimizer, batch, loss, recipe: Recipe, step: int) -> float:
     """One optimiser step; the mean loss of its batches."""
-    device = next(model.parameters()).device
     total = 0.0
     for part in range(recipe.accumulate):
-        ids, labels = batch((step - 1) * recipe.accumulate + part + 1)
-        ids, labels = ids.to(device), labels.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-            value = loss(model, ids, labels)
-        number = float(value.detach())
-        if not math.isfinite(number):
-            raise FloatingPointError(_diverged(model, step, number))
-        if part == 0:
-            optimizer.zero_grad(set_to_none=True)
-        (value / recipe.accumulate).backward()
-        total += number / recipe.accumulate
-    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        share = engine.share(*batch((step - 1) * recipe.accumulate + part + 1))
+        weight, last = share.weight / recipe.accumulate, part == recipe.accumulate - 1
+        zero = (lambda: optimizer.zero_grad(set_to_none=True)) if part == 0 else (lambda: None)
+        backward = _backward_by_chunks if recipe.chunk else _backward
+        try:
+            total += weight * backward(engine, share, weight, loss, recipe, zero, last)
+        except FloatingPointError as error:
+            raise FloatingPointError(_diverged(engine.model, step, str(error))) from None
+    torch.nn.utils.clip_grad_norm_(engine.model.parameters(), recipe.clip)
     optimizer.step()
-    return total
+    return engine.mean(total)
 
 
-def _diverged(model: torch.nn.Module, step: int, value: float) -> str:
+def _backward(engine: Engine, share, weight: float, loss, recipe, zero, last: bool) -> float:
+    """Gradients of a batch read whole, added up over ranks after its ``last`` part."""
+    engine.add_up(last)
+    value = _autocast(engine, recipe)(loss, share.input_ids, share.labels)
+    number = float(value.detach())
+    if not math.isfinite(number):
+        raise FloatingPointError(f"the loss is {number}")
+    zero()
+    (value * weight).backward()
+    return number
+
+
+def _backward_by_chunks(
+    engine: Engine, share, weight: float, loss, recipe, zero, last: bool
+) -> float:
+    """The same for a batch read in chunks."""
+    zero()
+    engine.add_up(False)
+    return truncated_backward(
+        engine.model, chunks(share.input_ids, share.labels, recipe.chunk), share.scored,
+        horizon=recipe.horizon, weight=weight, call=_autocast(engine, recipe),
+        before_last=lambda: engine.add_up(last),
+    )  # fmt: skip
+
+
+def _autocast(engine: Engine, recipe: Recipe) -> Callable[..., Any]:
+    """engine.call in the precision of the recipe."""
+
+    def call(function, *arguments):
+        half = recipe.precision == "bfloat16"
+        with torch.autocast(engine.model.device.type, torch.bfloat16, enabled=half):
+            return engine.call(function, *arguments)
+
+    return call
+
+
+def _diverged(model: torch.nn.Module, step: int, what: str) -> str:
     largest = {
-        n: float(p.grad.abs().max()) for n, p in model.named_parameters() if p.grad is not None
+        n: float(own_part(p.grad).abs().max())
+        for n, p in model.named_parameters()
+        if p.grad is not None and own_part(p.grad).numel()
     }
-    message = f"the loss is {value} at step {step}"
+    message = f"{what} at step {step}"
     if not largest:
         return f"{message}, before any gradient: look at the initial weights and the first batch"
     name = max(largest, key=largest.get)
     return f"{message}; the largest gradient of the step before is {largest[name]:.3g}, of {name}"
 
 
-def _evaluated(model, evaluate) -> dict[str, Any]:
-    model.eval()
+def _evaluated(engine: Engine, evaluate) -> dict[str, Any]:
+    engine.model.eval()
     with torch.no_grad():
-        metrics = evaluate(model)
-    model.train()
+        metrics = engine.call(evaluate)
+    engine.model.train()
     return metrics
 
 
@@ -227,7 +303,12 @@ def _resume(folder, model, optimizer, recipe: Recipe) -> tuple[int, list, list]:
     found = checkpoints(folder) if folder is not None else []
     if not found:
         return 1, [], []
-    run = load_checkpoint(found[-1], model, optimizer)
+    try:
+        run = load_checkpoint(found[-1], model, optimizer)
+    except ValueError as error:
+        if len(found) == 1:
+            raise
+        raise ValueError(f"{error}; remove it to go on from {found[-2].name}") from error
     if run["recipe"] != asdict(recipe):
         raise ValueError(f"checkpoint {found[-1]} belongs to another recipe: {run['recipe']}")
     return run["step"] + 1, run["losses"], run["evaluations"]
