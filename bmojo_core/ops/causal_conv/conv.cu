@@ -3,13 +3,13 @@
 //   s_t = sum_{j=0..K-1} w_j x_{t-K+1+j} + bias          y_t = s_t or silu(s_t)
 //   dx_t = sum_j w_j ds_{t+K-1-j}     dw_j = sum_t ds_t x_{t-K+1+j}     dbias = sum_t ds_t
 //
-// A thread takes VECTOR neighbouring channels (16 bytes where the layout allows) and walks through
+// A thread takes VECTOR neighbouring channels (8 bytes where the layout allows) and walks through
 // `tile` steps with the last K inputs in registers: every byte is read once, but for the K-1 steps
 // that neighbouring tiles share.
 //
 // Defined by the host: X_T (x and y), K (taps), VECTOR, SILU.
 
-constexpr int AHEAD = 4;  // rows requested while as many before them are worked on
+constexpr int AHEAD = 8;  // rows requested while as many before them are worked on
 constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Params {
@@ -158,16 +158,15 @@ extern "C" __global__ void conv_backward(const Params p) {
 #pragma unroll
   for (int j = 1; j < K; ++j) x[j] = widen(load_input(p, w, w.begin - K + j));
   int last = min(p.l, w.end + K - 1);
-  constexpr int TOGETHER = 2 * AHEAD;  // more rows at once here; requesting ahead would cost warps
-  for (int t0 = w.begin; t0 < w.end + K - 1; t0 += TOGETHER) {
-    Raw now_x[TOGETHER], now_dy[TOGETHER];
+  for (int t0 = w.begin; t0 < w.end + K - 1; t0 += AHEAD) {
+    Raw now_x[AHEAD], now_dy[AHEAD];
 #pragma unroll
-    for (int i = 0; i < TOGETHER; ++i) {
+    for (int i = 0; i < AHEAD; ++i) {
       now_x[i] = load_input(p, w, t0 + i);
       now_dy[i] = load_gradient(p, w, t0 + i, last);
     }
 #pragma unroll
-    for (int i = 0; i < TOGETHER; ++i) {
+    for (int i = 0; i < AHEAD; ++i) {
       int t = t0 + i, done = t - K + 1;  // dx_done is complete once ds_t is known
       push(x, widen(now_x[i]));
       Row now = widen(now_dy[i]), dx;

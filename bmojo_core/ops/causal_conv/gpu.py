@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import _nvrtc
 
 THREADS = 128
+WIDTH = 8  # bytes; wider rows leave too few registers to wait for memory with
 MOST_TAPS = 32
 FULL_CHIP = 128 * 1024  # threads that hide the latency of memory
 ELEMENT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -56,8 +57,7 @@ class _Call:
         return -(-self.l // self.tile)
 
     def launch(self, kernel: str, tensors: dict[str, Tensor | None]) -> None:
-        # the backward walk keeps more in registers: half as wide
-        vector = _vector(self.d, tensors, 16 if kernel == "conv_forward" else 8)
+        vector = _vector(self.d, tensors)
         params = Params(b=self.b, l=self.l, d=self.d, tile=self.tile, tiles=self.tiles)
         for name, tensor in tensors.items():
             if tensor is None:
@@ -78,22 +78,22 @@ class _Call:
         module.launch(kernel, (-(-threads // THREADS), 1, 1), THREADS, 0, params)
 
 
-def _vector(d: int, tensors: dict[str, Tensor | None], width: int) -> int:
-    """Channels a thread moves at once: ``width`` bytes if every row of every tensor allows it."""
+def _vector(d: int, tensors: dict[str, Tensor | None]) -> int:
+    """Channels a thread moves at once: eight bytes if every row of every tensor allows it."""
     for name, x in tensors.items():
         if x is None or name in ("weight", "bias", "partial"):
             continue
         size = x.element_size()
         steps = (x.data_ptr(), x.stride(0) * size, x.stride(1) * size, d * size)
-        if any(step % width for step in steps):
+        if any(step % WIDTH for step in steps):
             return 1
-    return width // tensors["x"].element_size()
+    return WIDTH // tensors["x"].element_size()
 
 
 def _tile(b: int, l: int, d: int, element_size: int) -> int:
     """Steps a thread walks: long enough to share little, short enough to fill the chip."""
     tile = 128
-    while tile > 16 and b * -(-l // tile) * d * element_size // 16 < FULL_CHIP:
+    while tile > 16 and b * -(-l // tile) * d * element_size // WIDTH < FULL_CHIP:
         tile //= 2
     return tile
 
