@@ -1,0 +1,87 @@
+"""Every kernel once on small, odd shapes: what compute-sanitizer is given to watch.
+
+    compute-sanitizer --tool memcheck python tests/gpu/small_shapes.py
+
+Widths that no vector divides, lengths that no tile divides, views, carried states, several cuts of
+the scan; forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bmojo_core.ops import (
+    causal_conv1d,
+    innovation,
+    memory_attention,
+    running_top_k,
+    selective_scan,
+)
+from bmojo_core.ops.selective_scan import gpu as scan_gpu
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype).requires_grad_()
+
+
+def backward(outputs: tuple[Tensor, ...], inputs: list[Tensor | None]) -> None:
+    loss = sum(y.float().sum() for y in outputs)
+    torch.autograd.grad(loss, [x for x in inputs if x is not None])
+
+
+def scans() -> None:
+    chosen = scan_gpu.tiling
+    cuts = ((16, 4, 1), (16, 4, 3), (16, 2, 2), (3, 4, 1), (40, 4, 2))
+    for dtype in (torch.float32, torch.bfloat16):
+        for d in (7, 72):
+            for n, states, segments in cuts:
+                cut = scan_gpu.Tiling(states, scan_gpu.lanes_for(n, states), segments)
+                scan_gpu.tiling = lambda *_, cut=cut, **__: cut
+                scan(2, 200, d, n, dtype)
+    scan_gpu.tiling = chosen
+
+
+def scan(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> None:
+    u, delta, z = (normal(b, l, d, dtype=dtype) for _ in range(3))
+    B, C = normal(b, l, 2 * n, dtype=dtype).split((n, n), dim=-1)
+    A = -normal(d, n).abs()
+    inputs = [u, delta, A, B, C, normal(d), z, normal(d)]
+    state = normal(b, d, n)
+    outputs = selective_scan(*inputs, True, state, return_last_state=True, backend="gpu")
+    backward(outputs, [*inputs, state])
+
+
+def convolutions() -> None:
+    for dtype, d in ((torch.float32, 13), (torch.bfloat16, 72)):
+        inputs = [normal(2, 45, d, dtype=dtype), normal(d, 4), normal(d)]
+        state = normal(2, 3, d, dtype=dtype)
+        y = causal_conv1d(*inputs, initial_state=state, activation="silu", backend="gpu")
+        backward((y,), [*inputs, state])
+
+
+def innovations() -> None:
+    for dtype, d in ((torch.float32, 13), (torch.bfloat16, 1096)):
+        scores = innovation(normal(2, 77, d, dtype=dtype).detach(), backend="gpu")
+        running_top_k(scores, 9, 10, backend="gpu")
+
+
+def attentions() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for l, r, p, window, chunk, m in ((100, 13, 24, 40, 30, 5), (65, 0, 64, 100, 32, 70)):
+            q, k, v = (normal(2, n, h, p, dtype=dtype) for n, h in ((l, 4), (l + r, 2), (l + r, 2)))
+            memory = [normal(2, -(-l // chunk), m, 2, p, dtype=dtype) for _ in "kv"]
+            valid = torch.rand(2, l + r, device="cuda") > 0.3
+            options = dict(window=window, chunk=chunk, key_valid=valid, backend="gpu")
+            backward((memory_attention(q, k, v, *memory, **options),), [q, k, v, *memory])
+
+
+EVERY: tuple[Callable[[], None], ...] = (scans, convolutions, innovations, attentions)
+
+if __name__ == "__main__":
+    for group in EVERY:
+        group()
+        torch.cuda.synchronize()
+        print(f"{group.__name__}: done", flush=True)
