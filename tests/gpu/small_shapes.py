@@ -34,13 +34,11 @@ def backward(outputs: tuple[Tensor, ...], inputs: list[Tensor | None]) -> None:
 
 def scans() -> None:
     chosen = scan_gpu.tiling
-    cuts = ((16, 4, 1), (16, 4, 3), (16, 2, 2), (3, 4, 1), (40, 4, 2))
-    for dtype in (torch.float32, torch.bfloat16):
-        for d in (7, 72):
-            for n, states, segments in cuts:
-                cut = scan_gpu.Tiling(states, scan_gpu.lanes_for(n, states), segments)
-                scan_gpu.tiling = lambda *_, cut=cut, **__: cut
-                scan(2, 200, d, n, dtype)
+    for dtype, d in ((torch.float32, 7), (torch.bfloat16, 72)):
+        for n, states, segments in ((16, 4, 3), (16, 2, 2), (3, 4, 1), (40, 4, 2)):
+            cut = scan_gpu.Tiling(states, scan_gpu.lanes_for(n, states), segments)
+            scan_gpu.tiling = lambda *_, cut=cut, **__: cut
+            scan(2, 200, d, n, dtype)
     scan_gpu.tiling = chosen
 
 
@@ -69,13 +67,13 @@ def innovations() -> None:
 
 
 def attentions() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        for l, r, p, window, chunk, m in ((100, 13, 24, 40, 30, 5), (65, 0, 64, 100, 32, 70)):
-            q, k, v = (normal(2, n, h, p, dtype=dtype) for n, h in ((l, 4), (l + r, 2), (l + r, 2)))
-            memory = [normal(2, -(-l // chunk), m, 2, p, dtype=dtype) for _ in "kv"]
-            valid = torch.rand(2, l + r, device="cuda") > 0.3
-            options = dict(window=window, chunk=chunk, key_valid=valid, backend="gpu")
-            backward((memory_attention(q, k, v, *memory, **options),), [q, k, v, *memory])
+    shapes = ((torch.float32, 100, 13, 24, 40, 30, 5), (torch.bfloat16, 65, 0, 64, 100, 32, 70))
+    for dtype, l, r, p, window, chunk, m in shapes:
+        q, k, v = (normal(2, n, h, p, dtype=dtype) for n, h in ((l, 4), (l + r, 2), (l + r, 2)))
+        memory = [normal(2, -(-l // chunk), m, 2, p, dtype=dtype) for _ in "kv"]
+        valid = torch.rand(2, l + r, device="cuda") > 0.3
+        options = dict(window=window, chunk=chunk, key_valid=valid, backend="gpu")
+        backward((memory_attention(q, k, v, *memory, **options),), [q, k, v, *memory])
 
 
 EVERY: tuple[Callable[[], None], ...] = (scans, convolutions, innovations, attentions)

@@ -30,7 +30,8 @@ __device__ __forceinline__ Raw load(const Params& p, int batch, int t, int chann
   const Y_T* from = nullptr;
   if (t >= 0 && t < p.l) from = static_cast<const Y_T*>(p.y) + batch * p.y_b + t * p.y_l;
   if (t < 0 && p.past)
-    from = static_cast<const Y_T*>(p.past) + (static_cast<long long>(batch) * TAPS + t + TAPS) * p.d;
+    from = static_cast<const Y_T*>(p.past) +
+           (static_cast<long long>(batch) * TAPS + t + TAPS) * p.d;
   return from ? *reinterpret_cast<const Raw*>(from + channel) : Raw{};
 }
 

@@ -33,8 +33,8 @@ static_assert(sizeof(BackwardShared) == SHARED_BYTES, "the host counts the same 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
 // The i-th lane bit that counts channels; there are 5 - N_BITS.
-constexpr int N_BITS =
-    LANES_N == 1 ? 0 : LANES_N == 2 ? 1 : LANES_N == 4 ? 2 : LANES_N == 8 ? 3 : LANES_N == 16 ? 4 : 5;
+constexpr int N_BITS = LANES_N == 1 ? 0 : LANES_N == 2 ? 1 : LANES_N == 4 ? 2 : LANES_N == 8 ? 3
+                     : LANES_N == 16 ? 4 : 5;
 __device__ constexpr int channel_bit(int i) { return 1 << (i < N_SHIFT ? i : i + N_BITS); }
 
 // Sum v over the lanes of the same states. Lane by lane the carried part halves while it can.

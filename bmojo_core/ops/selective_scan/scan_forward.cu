@@ -225,10 +225,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_outputs(con
   walk_segment<OUTPUTS>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_segment_states(const Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+scan_segment_states(const Params p) {
   walk_segment<ADDED>(p);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_segment_gradients(const Params p) {
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+scan_segment_gradients(const Params p) {
   walk_segment<GRADIENTS>(p);
 }
