@@ -18,10 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.bmojo import MemoryAttention, Watched
+from bmojo_core.layers.eidetic import EMPTY, storing_delay
 from bmojo_core.modeling import BMojoForCausalLM
 
 
@@ -34,11 +37,15 @@ class LayerTrace:
     layer
         Index of the sublayer in the stack.
     score
-        Score of every token (b, l): with the paper's policy, its innovation.
+        Score of every token (b, l): with the paper's policy, its innovation.  Where tokens may be
+        stored only behind the window, the latest ones are no candidates yet: -inf.
     position, valid
         Positions held in eidetic memory during each chunk (b, n, m_e), and which places are filled.
     mass
         Share of each query's attention, mean over heads (b, l, 3): window, fading, eidetic.
+    eidetic_mass
+        The same share for each eidetic token (b, l, m_e): column j of a query in chunk n belongs to
+        ``position[:, n, j]``.
     chunk, window
         Tokens a chunk, and inputs a query sees directly.
     """
@@ -48,6 +55,7 @@ class LayerTrace:
     position: Int[Tensor, "b n e"]
     valid: Bool[Tensor, "b n e"]
     mass: Float[Tensor, "b l 3"]
+    eidetic_mass: Float[Tensor, "b l e"]
     chunk: int
     window: int
 
@@ -67,6 +75,13 @@ class LayerTrace:
             gone += [(position, n) for position in sorted(before - now)]
             before = now
         return gone
+
+    def attention_to(self, position: int, row: int = 0) -> Float[Tensor, "l"]:
+        """Share of every query's attention (l,) on a token as it stands in eidetic memory."""
+        l = self.eidetic_mass.shape[1]
+        chunk_of_query = torch.arange(l, device=self.position.device) // self.chunk
+        here = (self.position[row] == position) & self.valid[row]  # (n, m_e)
+        return (self.eidetic_mass[row] * here[chunk_of_query]).sum(-1)
 
 
 @torch.no_grad()
@@ -100,8 +115,7 @@ def memory_trace(
         raise ValueError(f"the model has no 'bmojo' sublayer: {set(model.config.layer_types)}")
     with _watching(layers) as seen:
         model.model(input_ids, use_cache=False, memory_scores=memory_scores)
-    fading = model.config.num_fading_tokens
-    return [_layer_trace(index, seen[index], fading) for index in layers]
+    return [_layer_trace(index, seen[index], model.config) for index in layers]
 
 
 @contextmanager
@@ -116,25 +130,42 @@ def _watching(layers: dict[int, MemoryAttention]) -> Iterator[dict[int, Watched]
             layer.watchers.pop()
 
 
-def _layer_trace(layer: int, seen: Watched, fading: int) -> LayerTrace:
-    eidetic = slice(fading, None)
+def _layer_trace(layer: int, seen: Watched, config: BMojoConfig) -> LayerTrace:
+    eidetic = slice(config.num_fading_tokens, None)
+    mass, each = _shares(seen, config.num_fading_tokens)
+    delay = min(storing_delay(config), seen.score.shape[1])  # memory sees the stream that much late
+    score = F.pad(seen.score[:, delay:], (0, delay), value=EMPTY)
     return LayerTrace(
-        layer, seen.score, seen.memory.position[:, :, eidetic], seen.memory.valid[:, :, eidetic],
-        attention_mass(seen, fading), seen.chunk, seen.window,
+        layer, score, seen.memory.position[:, :, eidetic], seen.memory.valid[:, :, eidetic],
+        mass, each, seen.chunk, seen.window,
     )  # fmt: skip
 
 
 def attention_mass(seen: Watched, fading: int) -> Float[Tensor, "b l 3"]:
-    """Share of attention on window, fading and eidetic tokens, query by query.
+    """Share of attention on window, fading and eidetic tokens, query by query."""
+    return _shares(seen, fading)[0]
+
+
+def _shares(seen: Watched, fading: int) -> tuple[Float[Tensor, "b l 3"], Float[Tensor, "b l e"]]:
+    """Shares by type of memory, and of every eidetic token.
 
     One block of queries at a time, each against the keys of its window: linear in l.
     """
     l = seen.q.shape[1]
-    starts = range(0, l, seen.chunk)
-    return torch.cat([_mass_of(seen, fading, s, min(s + seen.chunk, l)) for s in starts], 1)
+    blocks = [
+        _weights(seen, start, min(start + seen.chunk, l)) for start in range(0, l, seen.chunk)
+    ]
+    memory = seen.memory.valid.shape[2]
+    mass, each = [], []
+    for weight in blocks:
+        parts = weight.split((weight.shape[-1] - memory, fading, memory - fading), -1)
+        mass.append(torch.stack([part.sum(-1) for part in parts], -1))
+        each.append(parts[2])
+    return torch.cat(mass, 1), torch.cat(each, 1)
 
 
-def _mass_of(seen: Watched, fading: int, start: int, stop: int) -> Float[Tensor, "b q 3"]:
+def _weights(seen: Watched, start: int, stop: int) -> Float[Tensor, "b q keys"]:
+    """Attention of the queries of one chunk, mean over heads: window first, then memory."""
     h, g = seen.q.shape[2], seen.k.shape[2]
     first = max(0, start - seen.window + 1)
     q = seen.q[:, start:stop].float() * seen.q.shape[-1] ** -0.5
@@ -153,6 +184,4 @@ def _mass_of(seen: Watched, fading: int, start: int, stop: int) -> Float[Tensor,
         ],
         -1,
     )
-    weight = logits.softmax(-1).mean(1)  # (b, q, keys)
-    sizes = (stop - first, fading, memory.shape[1] - fading)
-    return torch.stack([part.sum(-1) for part in weight.split(sizes, -1)], -1)
+    return logits.softmax(-1).mean(1)
