@@ -22,12 +22,6 @@ __device__ __forceinline__ void put(fp16& to, float x) {
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
 }
 
-// Have this address in a register from here on: the compiler does not take its sum apart again.
-template <class T>
-__device__ __forceinline__ void settle(T*& address) {
-  asm volatile("" : "+l"(address));
-}
-
 // 2^x, log2(x), 1/x on the special-function units (relative error about 2^-22).
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -50,8 +50,7 @@ class Params(ctypes.Structure):
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in _POINTERS]
-        + [(f"{name}_b", ctypes.c_longlong) for name in _STRIDED]
-        + [(f"{name}_l", ctypes.c_int) for name in _STRIDED]
+        + [(f"{name}_{axis}", ctypes.c_longlong) for name in _STRIDED for axis in "bl"]
         + [(name, ctypes.c_int) for name in _SIZES]
     )
 
@@ -228,9 +227,7 @@ class _Work:
 
 def _rows(x: Tensor | None) -> Tensor | None:
     """A (b, l, width) tensor whose rows are contiguous; views along b and l stay views."""
-    if x is None or (x.stride(-1) == 1 and x.stride(1) < 2**31):
-        return x
-    return x.contiguous()
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _float(x: Tensor | None) -> Tensor | None:

@@ -137,16 +137,14 @@ struct Inputs {
 __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, BackwardShared& s,
                                               const Inputs& in, float2 bias, int t0) {
   int c = threadIdx.x % PAIRS * CHANNELS, first = threadIdx.x / PAIRS;
-  const U_T *u_at = row_at(in.u, t0 + first, p.u_l), *dy_at = row_at(in.dy, t0 + first, p.dy_l);
-  const U_T* z_at = HAS_Z ? row_at(in.z, t0 + first, p.z_l) : nullptr;
-  const DELTA_T* delta_at = row_at(in.delta, t0 + first, p.delta_l);
 #pragma unroll 4
   for (int t = first; t < CHUNK; t += LANES_N) {
-    int count = t0 + t < w.end ? in.count : 0;
-    float2 raw = read_pair(delta_at, count);
-    float2 u = read_pair(u_at, count), dy = read_pair(dy_at, count);
+    long long row = t0 + t;
+    int count = row < w.end ? in.count : 0;
+    float2 raw = read_pair(in.delta + row * p.delta_l, count);
+    float2 u = read_pair(in.u + row * p.u_l, count), dy = read_pair(in.dy + row * p.dy_l, count);
     if (HAS_Z) {
-      float2 z = read_pair(z_at, count);
+      float2 z = read_pair(in.z + row * p.z_l, count);
       dy.x *= silu(z.x);
       dy.y *= silu(z.y);
     }
@@ -154,9 +152,6 @@ __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, B
     float d1 = count > 1 ? step_size(raw.y + bias.y) : 0.f;
     *reinterpret_cast<float4*>(&s.step[t][c]) = make_float4(d0, d0 * u.x, d1, d1 * u.y);
     *reinterpret_cast<float2*>(&s.dy[t][c]) = dy;
-    u_at += LANES_N * p.u_l, dy_at += LANES_N * p.dy_l, delta_at += LANES_N * p.delta_l;
-    if (HAS_Z) z_at += LANES_N * p.z_l;
-    settle(u_at), settle(dy_at), settle(delta_at);
   }
   int n = threadIdx.x % N_PAD;
   const BC_T* B = rows_of<BC_T>(p.B, p.B_b, w.batch, n);
@@ -164,8 +159,8 @@ __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, B
 #pragma unroll 4
   for (int t = threadIdx.x / N_PAD; t < CHUNK; t += THREADS / N_PAD) {
     bool inside = n < p.n && t0 + t < w.end;
-    s.B[t][n] = inside ? to_float(*row_at(B, t0 + t, p.B_l)) : 0.f;
-    s.C[t][n] = inside ? to_float(*row_at(C, t0 + t, p.C_l)) : 0.f;
+    s.B[t][n] = inside ? to_float(B[(t0 + t) * p.B_l]) : 0.f;
+    s.C[t][n] = inside ? to_float(C[(t0 + t) * p.C_l]) : 0.f;
   }
 }
 
@@ -195,10 +190,11 @@ struct Owned {
   __device__ __forceinline__ Owned(const Params& p, const Place& w, const Inputs& in, int t0) {
 #pragma unroll
     for (int i = 0; i < OWNED; ++i) {
-      int t = t0 + first_owned(w.lane) + i, count = t < w.end ? in.count : 0;
-      u[i] = read_pair(row_at(in.u, t, p.u_l), count);
-      if (HAS_Z) z[i] = read_pair(row_at(in.z, t, p.z_l), count);
-      if (HAS_Z) dout[i] = read_pair(row_at(in.dy, t, p.dy_l), count);
+      long long t = t0 + first_owned(w.lane) + i;
+      int count = t < w.end ? in.count : 0;
+      u[i] = read_pair(in.u + t * p.u_l, count);
+      if (HAS_Z) z[i] = read_pair(in.z + t * p.z_l, count);
+      if (HAS_Z) dout[i] = read_pair(in.dy + t * p.dy_l, count);
     }
   }
 };

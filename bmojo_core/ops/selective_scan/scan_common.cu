@@ -41,8 +41,7 @@ struct Params {
   float *dinitial, *dparams;  // (b, d, n); (b, segments, d, N_PAD + 2)
   void* dbc;                  // (d blocks, b, l, 2 N_PAD): dB and dC of each block of channels
   void *dB, *dC;
-  long long u_b, delta_b, z_b, B_b, C_b, dy_b;
-  int u_l, delta_l, z_l, B_l, C_l, dy_l;
+  long long u_b, u_l, delta_b, delta_l, z_b, z_l, B_b, B_l, C_b, C_l, dy_b, dy_l;
   int b, l, d, n, chunks, segments, chunks_per_segment;
 };
 
@@ -202,14 +201,6 @@ template <class T>
 __device__ __forceinline__ const T* rows_of(const void* base, long long b_stride, int batch,
                                             int column) {
   return static_cast<const T*>(base) + batch * b_stride + column;
-}
-
-// Its row t. Strides along time are 32-bit numbers: the product is one instruction.
-template <class T>
-__device__ __forceinline__ const T* row_at(const T* rows, int t, int stride) {
-  const T* at = rows + static_cast<long long>(t) * stride;
-  settle(at);
-  return at;
 }
 
 // How many of a thread's two neighbouring channels exist: 0, 1 or 2 (with VECTORS never 1).

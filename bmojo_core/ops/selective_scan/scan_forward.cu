@@ -26,7 +26,7 @@ extern __shared__ __align__(16) unsigned char shared_bytes[];
 
 // The first `rows` rows and `columns` columns of a tile; the rest of `to` stays as it is.
 template <class T>
-__device__ __forceinline__ void copy_tile(T (&to)[TILE][BLOCK_C], const T* from, int stride,
+__device__ __forceinline__ void copy_tile(T (&to)[TILE][BLOCK_C], const T* from, long long stride,
                                           int rows, int columns) {
   constexpr int WIDTH = VECTORS ? 16 / sizeof(T) : CHANNELS;
   constexpr int PER_ROW = BLOCK_C / WIDTH, STEP = THREADS / PER_ROW;
@@ -35,7 +35,7 @@ __device__ __forceinline__ void copy_tile(T (&to)[TILE][BLOCK_C], const T* from,
   for (int k = 0; k < (TILE + STEP - 1) / STEP; ++k) {
     int t = first + k * STEP;
     if (t >= min(TILE, rows)) break;
-    const T* at = row_at(from, t, stride) + c;
+    const T* at = from + t * stride + c;
     if (VECTORS) {
       if (c < columns) copy_async_16(&to[t][c], at);
     } else {
@@ -54,7 +54,7 @@ struct Source {
   const U_T *u, *z;
   const DELTA_T* delta;
   const BC_T *B, *C;
-  int u_l, B_l;
+  long long u_l, B_l;
   float B_next[BC_PER_THREAD], C_next[BC_PER_THREAD];
 
   __device__ __forceinline__ Source(const Params& p, const Place& w) {
@@ -74,16 +74,16 @@ struct Source {
   __device__ __forceinline__ void request(const Params& p, const Place& w, ForwardShared& s,
                                           int t0, int stage) {
     int rows = w.end - t0, columns = p.d - w.block * BLOCK_C;
-    copy_tile(s.u[stage], row_at(u, t0, u_l), u_l, rows, columns);
-    copy_tile(s.delta[stage], row_at(delta, t0, p.delta_l), p.delta_l, rows, columns);
-    if (GATED) copy_tile(s.z[stage], row_at(z, t0, p.z_l), p.z_l, rows, columns);
+    copy_tile(s.u[stage], u + t0 * u_l, u_l, rows, columns);
+    copy_tile(s.delta[stage], delta + t0 * p.delta_l, p.delta_l, rows, columns);
+    if (GATED) copy_tile(s.z[stage], z + t0 * p.z_l, p.z_l, rows, columns);
     bool inside = threadIdx.x % N_PAD < p.n;
 #pragma unroll
     for (int k = 0; k < BC_PER_THREAD; ++k) {
       int t = threadIdx.x / N_PAD + k * (THREADS / N_PAD);
       bool here = inside && t < rows;
-      B_next[k] = here ? to_float(*row_at(B, t0 + t, B_l)) : 0.f;
-      if (WALK == OUTPUTS) C_next[k] = here ? to_float(*row_at(C, t0 + t, p.C_l)) : 0.f;
+      B_next[k] = here ? to_float(B[(t0 + t) * B_l]) : 0.f;
+      if (WALK == OUTPUTS) C_next[k] = here ? to_float(C[(t0 + t) * p.C_l]) : 0.f;
     }
   }
 
