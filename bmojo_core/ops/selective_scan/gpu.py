@@ -69,25 +69,31 @@ class Tiling:
 
     @property
     def n_pad(self) -> int:
+        """States a channel, rounded up to what its threads hold."""
         return self.states * self.lanes_n
 
     @property
     def warps(self) -> int:
+        """Warps a block."""
         return 2 if self.lanes_n <= 2 else 4
 
     @property
     def threads(self) -> int:
+        """Threads a block."""
         return 32 * self.warps
 
     @property
     def block_c(self) -> int:
+        """Channels a block."""
         return self.warps * 32 // self.lanes_n * CHANNELS
 
     def forward_bytes(self, u_bytes: int, delta_bytes: int) -> int:
+        """Shared memory of the walks forward: a tile at work, two as they come from memory."""
         staged = 2 * self.block_c * (2 * u_bytes + delta_bytes)
         return TILE * (8 * self.block_c + 8 * self.n_pad + staged)
 
     def backward_bytes(self) -> int:
+        """Shared memory of the backward pass: a chunk, its groups' starts, sums on their way."""
         rows = CHUNK * (12 * self.block_c + 8 * self.n_pad)
         starts = (CHUNK // GROUP - 1) * CHANNELS * self.threads * 4 * self.states
         sums = 2 * self.warps * GROUP * 2 * self.n_pad * 4
@@ -209,20 +215,19 @@ class _Work:
         segments = call.tiling.segments
         params = Params(b=call.b, l=call.l, d=call.d, n=call.n, chunks=call.chunks)
         params.segments, params.chunks_per_segment = segments, -(-call.chunks // segments)
-        vectors = True
+        odd = 0  # collects the low bits of everything that must be a multiple of 16 bytes
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
-            setattr(params, name, tensor.data_ptr())
+            address, strides = tensor.data_ptr(), tensor.stride()
+            setattr(params, name, address)
             if name in _STRIDED:
-                setattr(params, f"{name}_b", tensor.stride(0))
-                setattr(params, f"{name}_l", tensor.stride(1))
+                setattr(params, name + "_b", strides[0])
+                setattr(params, name + "_l", strides[1])
             if name in _WIDE:
                 size = tensor.element_size()
-                strides = (tensor.stride(0), tensor.stride(1), call.d)
-                steps = (tensor.data_ptr(), *(size * stride for stride in strides))
-                vectors &= all(step % 16 == 0 for step in steps)
-        return _Work(params, vectors)
+                odd |= address | size * strides[0] | size * strides[1] | size * call.d
+        return _Work(params, odd % 16 == 0)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
