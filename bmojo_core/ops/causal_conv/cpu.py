@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops._numpy import as_arrays
 from bmojo_core.ops._threads import run_pieces, split_tasks
 
 
@@ -61,7 +62,7 @@ def linear_filter(x: Tensor, weight: Tensor, bias: Tensor, past: Tensor) -> Tens
     """a (b, l, d) before the activation."""
     a = x.new_empty(x.shape)
     pieces = split_tasks(x.shape[0], x.numel() * weight.shape[1])
-    arrays = _arrays(x, weight.T, bias, past, a)
+    arrays = as_arrays(x, weight.T, bias, past, a)
     run_pieces(_kernels().filter_forward, pieces, *arrays)
     return a
 
@@ -80,7 +81,7 @@ def linear_filter_gradients(
     pieces = split_tasks(x.shape[0], x.numel() * k)
     dx, dpast = x.new_empty(x.shape), past.new_empty(past.shape)
     dweight, dbias = x.new_zeros(len(pieces), k, d), x.new_zeros(len(pieces), d)
-    arrays = _arrays(x, weight.T, past, da, dx, dweight, dbias, dpast)
+    arrays = as_arrays(x, weight.T, past, da, dx, dweight, dbias, dpast)
     run_pieces(_kernels().filter_backward, pieces, *arrays)
     return dx, dweight.sum(0).T.contiguous(), dbias.sum(0), dpast
 
@@ -96,8 +97,3 @@ def _kernels() -> ModuleType:
     from bmojo_core.ops.causal_conv import cpu_kernels
 
     return cpu_kernels
-
-
-def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
-    """Contiguous numpy views (copies where a tensor is strided)."""
-    return tuple(t.detach().contiguous().numpy() for t in tensors)

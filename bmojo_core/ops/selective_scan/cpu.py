@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops._numpy import as_arrays
 from bmojo_core.ops._threads import run_pieces, split_tasks
 from bmojo_core.ops.selective_scan.reference import step_size
 
@@ -95,14 +96,14 @@ def forward(
     y, last_state = u.new_empty(u.shape), u.new_empty(x0.shape)
     checkpoints = u.new_empty(b, spans, tiles, n, kernels.LANES)
     groups, pieces = _plan(b, l, tiles, n)
-    inputs = _arrays(u, delta, rate, B, C, D, u[:0] if z is None else z)
+    inputs = as_arrays(u, delta, rate, B, C, D, u[:0] if z is None else z)
     run_pieces(
         kernels.scan_forward,
         pieces,
         groups,
         *inputs,
         z is not None,
-        *_arrays(x0, y, last_state, checkpoints),
+        *as_arrays(x0, y, last_state, checkpoints),
     )
     return y, last_state, checkpoints
 
@@ -143,15 +144,15 @@ def backward(
     dA = u.new_zeros(len(pieces), tiles, n, kernels.LANES)
     dD = u.new_zeros(len(pieces), tiles * kernels.LANES)
     dx0 = u.new_empty(b, d, n)
-    inputs = _arrays(u, delta, rate, B, C, D, u[:0] if z is None else z)
+    inputs = as_arrays(u, delta, rate, B, C, D, u[:0] if z is None else z)
     run_pieces(
         kernels.scan_backward,
         pieces,
         groups,
         *inputs,
         z is not None,
-        *_arrays(checkpoints, dy, dlast),
-        *_arrays(du, ddelta, dA, dB, dC, dD, dz, dx0),
+        *as_arrays(checkpoints, dy, dlast),
+        *as_arrays(du, ddelta, dA, dB, dC, dD, dz, dx0),
     )
     dA = dA.sum(0).transpose(1, 2).reshape(-1, n)[:d].clone()
     dD = dD.sum(0)[:d].clone()
@@ -185,8 +186,3 @@ def _plan(b: int, l: int, tiles: int, n: int) -> tuple[int, list[tuple[int, int]
     wanted = 2 * torch.get_num_threads()
     groups = min(tiles, -(-wanted // b)) if b < wanted else 1
     return groups, split_tasks(b * groups, b * l * tiles * n * 16)
-
-
-def _arrays(*tensors: Tensor) -> tuple[Any, ...]:
-    """Contiguous numpy views (copies where a tensor is strided)."""
-    return tuple(t.detach().contiguous().numpy() for t in tensors)
