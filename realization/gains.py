@@ -87,6 +87,7 @@ def square_root_step(
 
 
 def inverse_lower(L: Array) -> Array:
+    """The inverse of a lower triangular matrix (n, n), which may be empty."""
     if L.shape[0] == 0:
         return L
     return scipy.linalg.lapack.dtrtri(L, lower=1)[0]

@@ -37,13 +37,14 @@ def _nvrtc() -> ctypes.CDLL:
     packages = Path(torch.__file__).resolve().parent.parent / "nvidia"
     folders = (f"cu{major}/lib", "cuda_nvrtc/lib", f"cu{major}/bin/x86_64", "cuda_nvrtc/bin")
     candidates = [str(packages / folder / name) for folder in folders]
+    refusals = []
     for candidate in [c for c in candidates if Path(c).exists()] + [name]:
         try:
             return ctypes.CDLL(candidate)
-        except OSError:
-            continue
+        except OSError as error:
+            refusals.append(str(error))
     raise RuntimeError(
-        f"{name} was found neither beside torch ({packages}) nor on the library path"
+        f"{name} was found neither beside torch ({packages}) nor on the library path: {refusals}"
     )
 
 

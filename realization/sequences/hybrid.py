@@ -173,7 +173,7 @@ class TwoRegisters:
 
     @property
     def block(self) -> int:
-        """Numbers in one slot (k, v, 1): 2 g p + 1."""
+        """Numbers in one slot (k, v, 1), which are 2 g p + 1."""
         return 2 * len(self.weights.W_k) + 1
 
     @property

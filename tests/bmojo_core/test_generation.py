@@ -40,6 +40,8 @@ def greedy(model, row, count=NEW):
 
 
 def left_padded(rows):
+    """Rows of unequal length as one batch that ends in the same column, and its mask."""
+    length = max(len(r) for r in rows)
     ids = torch.stack([torch.cat([torch.zeros(length - len(r)).long(), r]) for r in rows])
     mask = torch.stack(
         [torch.cat([torch.zeros(length - len(r)), torch.ones(len(r))]) for r in rows]
