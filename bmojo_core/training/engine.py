@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bmojo_core.modeling import BMojoForCausalLM
 
@@ -102,6 +103,14 @@ class Engine:
         """Whether a condition holds on any rank."""
         return condition if self.world == 1 else self.mean(float(condition)) > 0
 
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """The model's whole weights on rank 0, None on others; every rank calls it."""
+        weights = self.model.state_dict()
+        if self.world == 1:
+            return weights
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights.items()}
+        return whole if self.is_main else None
+
     def wait(self) -> None:
         """Until every rank is here."""
         if self.world > 1:
@@ -123,7 +132,7 @@ def launched(model: BMojoForCausalLM) -> Engine:
     """
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     model = model.to(state.device)
     if state.num_processes == 1:
         return single(model)
