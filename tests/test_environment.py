@@ -57,8 +57,9 @@ def test_the_core_needs_what_it_says_and_no_more() -> None:
     core = ["numpy", "scipy", "torch", "numba", "transformers", "safetensors"]
     core += ["matplotlib", "tqdm", "jaxtyping"]
     assert list(_requirements(PROJECT["dependencies"])) == core
-    assert {"notebooks", "docs", "test", "gpu"} == set(EXTRAS)
-    for extra in ("notebooks", "docs", "test"):
+    assert {"notebooks", "docs", "train", "test", "gpu"} == set(EXTRAS)
+    assert set(_requirements(EXTRAS["train"])) <= set(_requirements(EXTRAS["test"]))
+    for extra in ("notebooks", "docs", "train", "test"):
         assert not COMPILED_AGAINST_TORCH & set(_requirements(EXTRAS[extra]))
 
 
