@@ -69,6 +69,9 @@ class Recipe:
         Steps between checkpoints (0: none); needs a folder.
     precision
         ``"float32"``, or ``"bfloat16"`` for autocast.
+    recompute
+        Keep only what enters each block and compute the rest again in backward: less memory, one
+        more forward of each block.
     """
 
     steps: int
@@ -85,6 +88,7 @@ class Recipe:
     stop_at: float | None = None
     checkpoint_every: int = 0
     precision: str = "float32"
+    recompute: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -179,6 +183,8 @@ def train(
         raise ValueError("chunk needs the loss to be scored_loss, whose parts add up")
     torch.manual_seed(recipe.seed)
     engine = engine or single(model)
+    if recipe.recompute:
+        model.gradient_checkpointing_enable()
     optimizer = adamw(engine.model, recipe.lr_ssm, recipe.lr_attention, recipe.weight_decay)
     begun = time.perf_counter()
     first, losses, evaluations = _resume(folder, engine.model, optimizer, recipe)

@@ -133,6 +133,7 @@ def test_the_loop_trains_on_chunks():
 
     whole, chunked, truncated = run(), run(chunk=6, horizon=4), run(chunk=6)
     assert chunked.losses == pytest.approx(whole.losses, rel=1e-8)
+    assert run(chunk=6, horizon=4, recompute=True).losses == pytest.approx(whole.losses, rel=1e-8)
     assert truncated.losses[0] == pytest.approx(whole.losses[0], rel=1e-8)
     assert truncated.losses[2] != pytest.approx(whole.losses[2], rel=1e-4)
     with pytest.raises(ValueError, match="chunk needs the loss to be scored_loss"):

@@ -16,7 +16,8 @@ from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.training import Recipe, scored_loss, train
 
 RECIPE = Recipe(steps=20, lr_ssm=1e-2, lr_attention=3e-3, checkpoint_every=20, evaluate_every=10)
-RUNS = {"replicas": {}, "shards": {}, "chunked": dict(chunk=5, horizon=2, accumulate=2, steps=6)}
+CHUNKED = dict(chunk=5, horizon=2, accumulate=2, steps=6, recompute=True)
+RUNS = {"replicas": {}, "shards": {}, "chunked": CHUNKED}
 
 
 def small_model(seed: int = 0) -> BMojoForCausalLM:
