@@ -45,7 +45,7 @@ def causal_conv1d(
     activation : {None, "silu"}
         Applied to the output.
     backend : {"auto", "reference", "cpu", "gpu"}
-        "auto" takes "gpu" on CUDA; on the CPU, "cpu", except for float64, which takes
+        "auto" takes "gpu" on CUDA and "cpu" on the CPU, except for float64, which takes
         "reference"; elsewhere "reference".
 
     Returns
@@ -74,12 +74,12 @@ def causal_conv1d(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; allowed: None, 'silu'")
     arguments = (x, weight, bias, initial_state, activation)
-    if backend == "gpu" or (backend == "auto" and x.device.type == "cuda"):
+    fast = x.dtype != torch.float64
+    if backend == "gpu" or (backend == "auto" and fast and x.device.type == "cuda"):
         from bmojo_core.ops.causal_conv.gpu import causal_conv1d_gpu
 
         return causal_conv1d_gpu(*arguments)
-    fast = x.device.type == "cpu" and x.dtype != torch.float64
-    if backend == "cpu" or (backend == "auto" and fast):
+    if backend == "cpu" or (backend == "auto" and fast and x.device.type == "cpu"):
         from bmojo_core.ops.causal_conv.cpu import causal_conv1d_cpu
 
         return causal_conv1d_cpu(*arguments)

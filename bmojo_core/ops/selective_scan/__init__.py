@@ -64,9 +64,9 @@ def selective_scan(
     return_last_state : bool
         Also return the state after the last position.
     backend : {"auto", "reference", "cpu", "gpu", "mamba_ssm"}
-        "auto" takes "gpu" on CUDA; on the CPU, "cpu", except for float64 (so that gradients can
-        themselves be differentiated) and for a single step, which take "reference"; elsewhere
-        "reference".
+        "auto" takes "gpu" on CUDA and "cpu" on the CPU, except for float64 (so that gradients can
+        themselves be differentiated) and, on the CPU, a single step, which take "reference";
+        elsewhere "reference".
 
     Returns
     -------
@@ -113,11 +113,12 @@ def _resolve(backend: str, u: Tensor) -> str:
     """The backend that "auto" stands for, given where and what `u` is."""
     if backend != "auto":
         return backend
+    if u.dtype == torch.float64 or u.device.type not in ("cpu", "cuda"):
+        return "reference"
     if u.device.type == "cuda":
         return "gpu"
     one_step = u.shape[1] == 1  # decoding: a few tensor operations cost less than a kernel's launch
-    plain = one_step or u.device.type != "cpu" or u.dtype == torch.float64
-    return "reference" if plain else "cpu"
+    return "reference" if one_step else "cpu"
 
 
 def _dispatch(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
