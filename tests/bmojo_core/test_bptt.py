@@ -98,8 +98,7 @@ def peak_bytes(function) -> int:
     return peak
 
 
-@pytest.mark.parametrize("horizon", [1, 2])
-def test_peak_memory_does_not_depend_on_the_length(horizon):
+def test_peak_memory_does_not_depend_on_the_length():
     torch.manual_seed(0)
     config = BMojoConfig.bmojo(
         vocab_size=16, hidden_size=16, num_layers=1, num_heads=2, window=8, state_size=4,
@@ -117,8 +116,9 @@ def test_peak_memory_does_not_depend_on_the_length(horizon):
         model.zero_grad(set_to_none=True)
         return lambda: truncated_backward(model, pieces(), 64 * count, horizon=horizon)
 
-    run(2, horizon)()  # kernels are ready
-    four, sixteen = (peak_bytes(run(count, horizon)) for count in (4, 16))
+    run(2, 1)()  # kernels are ready
+    four, sixteen = (peak_bytes(run(count, 1)) for count in (4, 16))
+    print(f"peak of 4 chunks {four}, of 16 chunks {sixteen} bytes")
     assert sixteen <= 1.05 * four
     assert peak_bytes(run(16, None)) > 2.5 * four  # the measure sees a graph that does grow
 
@@ -127,15 +127,15 @@ def test_the_loop_trains_on_chunks():
     """Whole sequences, and chunks whose horizon reaches back to the beginning: the same steps."""
 
     def run(**changes):
-        recipe = Recipe(steps=3, accumulate=2, lr_ssm=1e-2, lr_attention=1e-2, **changes)
+        recipe = Recipe(steps=2, accumulate=2, lr_ssm=1e-2, lr_attention=1e-2, **changes)
         model = peaky.model(num_layers=1)
-        return train(model, lambda s: labelled(2, 20, s)[:2], recipe, progress=False)
+        return train(model, lambda s: labelled(1, 12, s)[:2], recipe, progress=False)
 
-    whole, chunked, truncated = run(), run(chunk=6, horizon=4), run(chunk=6)
+    whole, chunked, truncated = run(), run(chunk=4, horizon=3), run(chunk=4)
     assert chunked.losses == pytest.approx(whole.losses, rel=1e-8)
-    assert run(chunk=6, horizon=4, recompute=True).losses == pytest.approx(whole.losses, rel=1e-8)
+    assert run(chunk=4, horizon=3, recompute=True).losses == pytest.approx(whole.losses, rel=1e-8)
     assert truncated.losses[0] == pytest.approx(whole.losses[0], rel=1e-8)
-    assert truncated.losses[2] != pytest.approx(whole.losses[2], rel=1e-4)
+    assert truncated.losses[1] != pytest.approx(whole.losses[1], rel=1e-4)
     with pytest.raises(ValueError, match="chunk needs the loss to be scored_loss"):
         train(peaky.model(num_layers=1), lambda s: labelled(2, 20, s)[:2],
               Recipe(steps=1, chunk=4), loss=lambda *_: 0, progress=False)  # fmt: skip
