@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bmojo_core.ops._checks import check_backend, check_companions, check_rank, check_shape
 from bmojo_core.ops.causal_conv.reference import causal_conv1d_reference
+from bmojo_core.ops.causal_conv.step import causal_conv1d_step
 
 __all__ = ["causal_conv1d"]
 
@@ -46,7 +47,8 @@ def causal_conv1d(
         Applied to the output.
     backend : {"auto", "reference", "cpu", "gpu"}
         "auto" takes "gpu" on CUDA and "cpu" on the CPU, except for float64, which takes
-        "reference"; elsewhere "reference".
+        "reference", and, on the CPU, a single position (decoding), which takes the plain equation;
+        elsewhere "reference".
 
     Returns
     -------
@@ -79,6 +81,8 @@ def causal_conv1d(
         from bmojo_core.ops.causal_conv.gpu import causal_conv1d_gpu
 
         return causal_conv1d_gpu(*arguments)
+    if backend == "auto" and fast and x.shape[1] == 1 and x.device.type == "cpu":
+        return causal_conv1d_step(*arguments)
     if backend == "cpu" or (backend == "auto" and fast and x.device.type == "cpu"):
         from bmojo_core.ops.causal_conv.cpu import causal_conv1d_cpu
 

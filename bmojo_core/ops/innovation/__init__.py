@@ -34,6 +34,7 @@ from bmojo_core.ops._checks import (
     compute_dtype,
 )
 from bmojo_core.ops.innovation.reference import innovation_reference, running_top_k_reference
+from bmojo_core.ops.innovation.step import innovation_step
 from bmojo_core.ops.innovation.top_k import merge_top_k, running_top_k_parallel, top_k
 
 __all__ = [
@@ -69,7 +70,8 @@ def innovation(
         The ``taps`` outputs before ``y``, oldest first (``past[:, -1]`` precedes ``y[:, 0]``).
         Default: zeros.
     backend : "auto", "reference", "cpu" or "gpu"
-        "auto" takes "gpu" for CUDA tensors and "cpu" for all others.
+        "auto" takes "gpu" for CUDA tensors; for all others the plain equation where l is 1
+        (decoding), else "cpu".
 
     Returns
     -------
@@ -102,6 +104,8 @@ def innovation(
         from bmojo_core.ops.innovation.gpu import innovation_gpu
 
         return innovation_gpu(y, weights, past)
+    if backend == "auto" and y.shape[1] == 1:
+        return innovation_step(y, weights, past)
     from bmojo_core.ops.innovation.cpu import innovation_cpu
 
     return innovation_cpu(y, weights, past)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bmojo_core.ops._checks import check_backend, check_companions, check_rank, check_shape
 from bmojo_core.ops.selective_scan.reference import selective_scan_reference
+from bmojo_core.ops.selective_scan.step import selective_scan_step
 
 __all__ = ["selective_scan"]
 
@@ -65,8 +66,8 @@ def selective_scan(
         Also return the state after the last position.
     backend : {"auto", "reference", "cpu", "gpu", "mamba_ssm"}
         "auto" takes "gpu" on CUDA and "cpu" on the CPU, except for float64 (so that gradients can
-        themselves be differentiated) and, on the CPU, a single step, which take "reference";
-        elsewhere "reference".
+        themselves be differentiated), which takes "reference", and, on the CPU, a single position
+        (decoding), which takes the plain equation; elsewhere "reference".
 
     Returns
     -------
@@ -117,8 +118,7 @@ def _resolve(backend: str, u: Tensor) -> str:
         return "reference"
     if u.device.type == "cuda":
         return "gpu"
-    one_step = u.shape[1] == 1  # decoding: a few tensor operations cost less than a kernel's launch
-    return "reference" if one_step else "cpu"
+    return "step" if u.shape[1] == 1 else "cpu"
 
 
 def _dispatch(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
@@ -135,4 +135,6 @@ def _dispatch(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
         from bmojo_core.ops.selective_scan.external import selective_scan_mamba_ssm
 
         return selective_scan_mamba_ssm(*arguments)
+    if backend == "step":
+        return selective_scan_step(*arguments)
     return selective_scan_reference(*arguments)

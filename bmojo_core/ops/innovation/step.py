@@ -1,0 +1,25 @@
+"""Innovation of one position: a matrix product with the outputs before it.
+
+    e = mean_d (y - sum_{j=1..taps} w_j y_{-j})^2
+
+Decoding on a CPU reads one token at a time; a pass a tap would cost more than the arithmetic. Any
+device, differentiable by autograd. y (b, 1, d); w (taps,); past (b, taps, d), oldest first.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from bmojo_core.ops._checks import compute_dtype
+
+
+def innovation_step(
+    y: Float[Tensor, "b 1 d"],
+    weights: Float[Tensor, "taps"],
+    past: Float[Tensor, "b taps d"] | None,
+) -> Float[Tensor, "b 1"]:
+    """See ``bmojo_core.ops.innovation``."""
+    dtype = compute_dtype(y)
+    error = y.to(dtype)
+    if past is not None:
+        error = error - weights.to(dtype).flip(0)[None] @ past.to(dtype)
+    return error.square().mean(dim=-1)

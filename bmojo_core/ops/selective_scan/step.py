@@ -1,0 +1,43 @@
+"""One position of the selective scan: the recurrence itself, in as few operations as it takes.
+
+    x_1 = exp(delta A) x_0 + delta B u ;   y = (C . x_1 + D u) silu(z)
+
+Decoding on a CPU reads one token at a time; setting a loop up would cost more than the loop. Any
+device and floating dtype, differentiable by autograd. Symbols are those of the package's docstring.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops.selective_scan.reference import step_size
+
+
+def selective_scan_step(
+    u: Float[Tensor, "b 1 d"],
+    delta: Float[Tensor, "b 1 d"],
+    A: Float[Tensor, "d n"],
+    B: Float[Tensor, "b 1 n"],
+    C: Float[Tensor, "b 1 n"],
+    D: Float[Tensor, "d"] | None,
+    z: Float[Tensor, "b 1 d"] | None,
+    delta_bias: Float[Tensor, "d"] | None,
+    delta_softplus: bool,
+    initial_state: Float[Tensor, "b d n"] | None,
+) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b d n"]]:
+    """Output in the dtype of `u`, and next state; see `selective_scan` for the arguments."""
+    dtype = compute_dtype(u)
+    u_wide = u.to(dtype)
+    delta = step_size(delta.to(dtype), delta_bias, delta_softplus)
+    x = (delta * u_wide).mT * B.to(dtype)  # (b, d, 1) times (b, 1, n)
+    if initial_state is not None:
+        decay = torch.exp(delta.mT * A.to(dtype))
+        x = torch.addcmul(x, decay, initial_state.to(dtype))
+    y = C.to(dtype) @ x.mT
+    if D is not None:
+        y = torch.addcmul(y, u_wide, D.to(dtype))
+    if z is not None:
+        y = y * F.silu(z.to(dtype))
+    return y.to(u.dtype), x
