@@ -105,11 +105,13 @@ class Engine:
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """The model's whole weights on rank 0, None on others; every rank calls it."""
-        weights = self.model.state_dict()
-        if self.world == 1:
-            return weights
-        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in weights.items()}
-        return whole if self.is_main else None
+        weights = self.model.state_dict(keep_vars=True)  # tied weights are one object
+        whole: dict[int, Tensor] = {}
+        for t in weights.values():
+            if id(t) not in whole:
+                full = t.full_tensor() if isinstance(t, DTensor) else t
+                whole[id(t)] = full.detach().cpu() if self.is_main else t
+        return {n: whole[id(t)] for n, t in weights.items()} if self.is_main else None
 
     def wait(self) -> None:
         """Until every rank is here."""
