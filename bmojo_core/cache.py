@@ -6,7 +6,7 @@ A B'MOJO block carries, for each row (elements; their bytes in ``state_bytes``):
     2 w g p              ring of keys and values                 window
     2 m g p + 3 m        memory of the chunk being read          m = m_f + m_e
     2 m_e g p + 2 m_e    the best tokens so far, their scores and positions
-    s d + g p            last SSM outputs; sum of keys
+    s d (+ g p)          last SSM outputs (sum of keys, where the policy needs it)
     r (2 g p + 2)        tokens too recent to be stored (r = 0 if in-window ones may be)
     (k'-1) d             tail of the key convolution, if there is one
 
@@ -32,7 +32,14 @@ from torch import Tensor
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.attention import Growing, Register
 from bmojo_core.layers.bmojo import BMojoState
-from bmojo_core.layers.eidetic import EideticState, InUse, Tokens, outputs_needed, storing_delay
+from bmojo_core.layers.eidetic import (
+    EideticState,
+    InUse,
+    Tokens,
+    needs_key_sum,
+    outputs_needed,
+    storing_delay,
+)
 from bmojo_core.layers.mamba import SSMState
 
 FORMAT = "bmojo state 1"
@@ -259,7 +266,7 @@ def state_bytes(
     window = 2 * config.window * gp * one
     token = 2 * gp * one + score + position
     memory = 2 * m * gp * one + m * (1 + position + score) + (m_e + r) * token
-    outputs = outputs_needed(config) * d * one + gp * wide
+    outputs = outputs_needed(config) * d * one + gp * wide * needs_key_sum(config)
     tail = max(config.key_kernel - 1, 0) * d * one
     sublayer = {
         "mamba": ssm,

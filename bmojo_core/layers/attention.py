@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rotary import Rotary
-from bmojo_core.layers.rows import is_valid, take
+from bmojo_core.layers.rows import is_valid, may_hold, take
 from bmojo_core.ops import memory_attention
 
 State = TypeVar("State", bound=tuple)  # a named tuple of tensors
@@ -87,6 +87,8 @@ class Projections(nn.Module):
 
 def positions(start: Int[Tensor, "b"] | None, u: Float[Tensor, "b l d"]) -> Int[Tensor, "b l"]:
     """Positions of the columns of u in their sequences, which have read ``start`` tokens before."""
+    if start is not None and u.shape[1] == 1:
+        return start[:, None]
     columns = torch.arange(u.shape[1], device=u.device).expand(u.shape[0], -1)
     return columns if start is None else start[:, None] + columns
 
@@ -202,9 +204,9 @@ def write_step(
 ) -> None:  # fmt: skip
     """One token more, in place: cost 1, not w."""
     place = register.k.shape[1] - w + start % w
-    rows = torch.arange(k.shape[0], device=k.device)
-    register.k[rows, place] = k[:, 0]
-    register.v[rows, place] = v[:, 0]
+    index = place[:, None, None, None].expand_as(k)
+    register.k.scatter_(1, index, k)
+    register.v.scatter_(1, index, v)
 
 
 def attend_step(
@@ -218,12 +220,14 @@ def attend_step(
 
     The softmax does not care for order, so the ring needs no sorting.
     """
-    place = torch.arange(w, device=q.device)
-    visible = place <= start[:, None]  # place s is written once position s has been read
-    if mem_valid is not None:
-        visible = torch.cat([mem_valid, visible], 1)
+    mask = None  # a long sequence sees every place, and attention without a mask is faster
+    if may_hold(start < w - 1) or (mem_valid is not None and may_hold(~mem_valid)):
+        visible = torch.arange(w, device=q.device) <= start[:, None]  # place s holds position s
+        if mem_valid is not None:
+            visible = torch.cat([mem_valid, visible], 1)
+        mask = visible[:, None, None, :]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), register.k.transpose(1, 2), register.v.transpose(1, 2),
-        attn_mask=visible[:, None, None, :], enable_gqa=q.shape[2] != register.k.shape[2],
+        attn_mask=mask, enable_gqa=q.shape[2] != register.k.shape[2],
     )  # fmt: skip
     return out.transpose(1, 2)

@@ -387,8 +387,10 @@ def _keep_first(memory: Memory, current: Memory, inside: Tensor) -> Memory:
 
 
 def _add_keys(
-    total: Float[Tensor, "b g p"], keys: Float[Tensor, "b l g p"], lengths: Tensor | None
-) -> Float[Tensor, "b g p"]:
+    total: Float[Tensor, "b g p"] | None, keys: Float[Tensor, "b l g p"], lengths: Tensor | None
+) -> Float[Tensor, "b g p"] | None:
+    if total is None:  # the policy does not look at it
+        return None
     unit = F.normalize(keys.detach().float(), dim=-1)
     if lengths is not None:
         unit = unit * is_valid(lengths, unit.shape[1])[..., None, None]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rows import align, may_hold, slide, take
+from bmojo_core.layers.selection import NEEDS
 from bmojo_core.ops import running_top_k
 
 State = TypeVar("State", bound=tuple)  # a named tuple of tensors
@@ -72,13 +73,18 @@ class EideticState(NamedTuple):
     best: Tokens  # the m_e largest scores so far, in any order; a step writes in place
     waiting: Tokens  # tokens still too recent to be stored (none if in-window ones may be)
     outputs: Float[Tensor, "b s d"]  # the last outputs of the SSM
-    key_sum: Float[Tensor, "b g p"]  # of normalised keys, for the key-diversity policy
+    key_sum: Float[Tensor, "b g p"] | None  # of normalised keys; None if no policy needs it
 
 
 def outputs_needed(c: BMojoConfig) -> int:
     """How many past SSM outputs the predictor and the fading tokens look back on."""
     fading = (c.num_fading_tokens - 1) * c.fading_stride + fading_delay(c)
     return max(c.innovation_taps, fading if c.num_fading_tokens else 0)
+
+
+def needs_key_sum(c: BMojoConfig) -> bool:
+    """Whether the selection policy looks at the sum of all past keys."""
+    return c.num_eidetic_tokens > 0 and "past_key_sum" in NEEDS.get(c.selection, ())
 
 
 def fading_delay(c: BMojoConfig) -> int:
@@ -109,7 +115,7 @@ def empty_state(c: BMojoConfig, like: Float[Tensor, "b l g p"]) -> EideticState:
         InUse(places.bool(), places, places.float() + EMPTY),
         no_tokens(like, c.num_eidetic_tokens), no_tokens(like, storing_delay(c)),
         like.new_zeros(b, outputs_needed(c), c.hidden_size),
-        torch.zeros(b, g, p, dtype=wide, device=like.device),
+        torch.zeros(b, g, p, dtype=wide, device=like.device) if needs_key_sum(c) else None,
     )  # fmt: skip
 
 
@@ -193,6 +199,8 @@ def merge_candidates(waiting: Tokens, new: Tokens) -> Tokens:
 
 def still_waiting(waiting: Tokens, new: Tokens, lengths: Int[Tensor, "b"] | None) -> Tokens:
     """The tokens that are too recent to be stored after the new ones have been read."""
+    if waiting.score.shape[1] == 0:
+        return waiting
     return Tokens(*(slide(old, x, lengths) for old, x in zip(waiting, new, strict=True)))
 
 

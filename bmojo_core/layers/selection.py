@@ -12,6 +12,8 @@ and every other policy here is a control for it.  To try a rule of your own, wri
     def longest_key(seen):
         return seen.keys.square().sum((-1, -2))
 
+What only some rules look at is summed up only for those that ask: ``needs=("past_key_sum",)``.
+
 Symbols
 -------
 b, l, d    batch, length, model width
@@ -23,7 +25,7 @@ e_t        score of token t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +49,7 @@ class Observed:
     keys
         Keys of the tokens (b, l, g, p).
     past_key_sum
-        Sum of the normalised keys of all earlier tokens (b, g, p).
+        Sum of the normalised keys of all earlier tokens (b, g, p); None unless the policy needs it.
     position
         Positions of the tokens in their sequence (b, l), from 0.
     oracle
@@ -59,7 +61,7 @@ class Observed:
     y: Float[Tensor, "b l d"]
     past_y: Float[Tensor, "b k d"]
     keys: Float[Tensor, "b l g p"]
-    past_key_sum: Float[Tensor, "b g p"]
+    past_key_sum: Float[Tensor, "b g p"] | None
     position: Int[Tensor, "b l"]
     oracle: Float[Tensor, "b l"] | None
     taps: int
@@ -68,21 +70,32 @@ class Observed:
 
 Policy = Callable[[Observed], Float[Tensor, "b l"]]
 POLICIES: dict[str, Policy] = {}
+NEEDS: dict[str, frozenset[str]] = {}  # by policy: the fields below that it reads
+ON_DEMAND = frozenset({"past_key_sum"})  # fields of Observed that cost a state of their own
 
 
-def register_policy(name: str) -> Callable[[Policy], Policy]:
+def register_policy(name: str, needs: Iterable[str] = ()) -> Callable[[Policy], Policy]:
     """Make a policy available to ``BMojoConfig(selection=name)``.
+
+    Parameters
+    ----------
+    name
+        What configurations call it.
+    needs
+        Fields of ``Observed`` that the model computes for those that ask: ``"past_key_sum"``.
 
     Raises
     ------
     ValueError
-        When the name is taken by another function.
+        When the name is taken by another function, or a field in ``needs`` is not on demand.
     """
+    if not ON_DEMAND.issuperset(needs):
+        raise ValueError(f"needs may hold {sorted(ON_DEMAND)}, got {sorted(needs)}")
 
     def keep(policy: Policy) -> Policy:
         if POLICIES.get(name, policy) is not policy:
             raise ValueError(f"selection policy {name!r} is already registered")
-        POLICIES[name] = policy
+        POLICIES[name], NEEDS[name] = policy, frozenset(needs)
         return policy
 
     return keep
@@ -113,7 +126,7 @@ def recency(seen: Observed) -> Float[Tensor, "b l"]:
     return seen.position.float()
 
 
-@register_policy("key_diversity")
+@register_policy("key_diversity", needs=("past_key_sum",))
 def key_diversity(seen: Observed) -> Float[Tensor, "b l"]:
     """How far a key points away from the mean direction of all keys before it."""
     keys = F.normalize(seen.keys.detach().float(), dim=-1)

@@ -96,6 +96,8 @@ def innovation(
     check_shape("past", past, {"b": b, "taps": taps, "d": d})
     check_companions("y", y, {"weights": weights, "past": past})
     check_backend(backend, ("auto", "reference", "cpu", "gpu"), y.device)
+    if backend == "auto" and y.shape[1] == 1 and not y.is_cuda:
+        return innovation_step(y, weights, past)
     if weights is None:
         weights = torch.full((taps,), 1.0 / taps, dtype=compute_dtype(y), device=y.device)
     if backend == "reference":
@@ -104,8 +106,6 @@ def innovation(
         from bmojo_core.ops.innovation.gpu import innovation_gpu
 
         return innovation_gpu(y, weights, past)
-    if backend == "auto" and y.shape[1] == 1:
-        return innovation_step(y, weights, past)
     from bmojo_core.ops.innovation.cpu import innovation_cpu
 
     return innovation_cpu(y, weights, past)

@@ -14,12 +14,14 @@ from bmojo_core.ops._checks import compute_dtype
 
 def innovation_step(
     y: Float[Tensor, "b 1 d"],
-    weights: Float[Tensor, "taps"],
+    weights: Float[Tensor, "taps"] | None,
     past: Float[Tensor, "b taps d"] | None,
 ) -> Float[Tensor, "b 1"]:
-    """See ``bmojo_core.ops.innovation``."""
+    """See ``bmojo_core.ops.innovation``; without weights the prediction is the plain mean."""
     dtype = compute_dtype(y)
     error = y.to(dtype)
-    if past is not None:
+    if past is not None and weights is None:
+        error = error - past.to(dtype).mean(dim=1, keepdim=True)
+    elif past is not None:
         error = error - weights.to(dtype).flip(0)[None] @ past.to(dtype)
     return error.square().mean(dim=-1)
