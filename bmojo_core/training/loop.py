@@ -217,6 +217,7 @@ def train(
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {step} of {recipe.steps}")
         if last:
+            bar.update()  # leaving the loop would leave the bar one step short
             break
     bar.close()
     model.eval()
