@@ -152,8 +152,8 @@ def page() -> str:
     head = (
         "# Measurements\n\n"
         "Every number on this page is written by `benchmarks/report.py` from the records in "
-        "`results/`, which hold versions, machine and sizes. Comparisons ran in one process. The "
-        "CPU records come from a busy machine: read the ratios, not the times.\n\n"
+        "`results/`, which hold versions, machine and sizes. Timed comparisons ran in one process "
+        "each. Some CPU records were taken on a busy machine: read ratios, not times.\n\n"
     )
     return head + "\n\n".join([theory(), laptop(), kernels(), models(), recall()]) + "\n"
 
