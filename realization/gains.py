@@ -28,6 +28,7 @@ from realization.models import Mask, StochasticModel, covariance_factor
 from realization.systems import Array
 
 CONVERGED = 1e-14  # what P_t may still move, relative to |P| + |Q|, when a stretch starts
+EPS = float(np.finfo(float).eps)  # below this no step changes P_t
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -143,4 +144,4 @@ def _is_settled(moved: float, scale: float, closed: Array) -> bool:
     if moved > 1e-8 * scale:
         return False
     rate = float(np.abs(np.linalg.eigvals(closed)).max(initial=0.0)) ** 2
-    return moved <= scale * max(CONVERGED * (1 - rate), np.finfo(float).eps)
+    return moved <= scale * max(CONVERGED * (1 - rate), EPS)

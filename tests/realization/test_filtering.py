@@ -310,6 +310,16 @@ def test_square_root_filter_keeps_covariances_that_the_plain_one_loses():
     assert np.allclose(result.next_covariance, exact, rtol=1e-6)
 
 
+def test_a_filter_that_forgets_slowly_settles_at_the_precision_of_floats():
+    # A closed loop of radius 1 - 4e-9 needs 1e9 steps to converge; P stops moving at eps long before.
+    slow = StochasticRealization(*arrays([[1 - 4e-9]], [[1]], [[1e-22]], [[1]]))
+    P = steady_state_gain(slow)[2]
+    y = np.random.default_rng(0).normal(size=(300, 1))
+    plain, exact = kalman_filter(slow, y, x0=[0.0], P0=P), steady_state_filter(slow, y, x0=[0.0])
+    assert np.allclose(plain.next_covariance, P, rtol=1e-9)
+    assert np.allclose(plain.loglik, exact.loglik, rtol=1e-12)
+
+
 def test_steady_state_gain_equals_python_control():
     control = pytest.importorskip("control")
     base = random_realization(12, n=6, p=2, radius=1.02)  # also for an unstable system
