@@ -311,7 +311,7 @@ def test_square_root_filter_keeps_covariances_that_the_plain_one_loses():
 
 
 def test_a_filter_that_forgets_slowly_settles_at_the_precision_of_floats():
-    # A closed loop of radius 1 - 4e-9 needs 1e9 steps to converge; P stops moving at eps long before.
+    # A closed loop of radius 1 - 4e-9 converges in 1e9 steps; P stops moving at eps long before.
     slow = StochasticRealization(*arrays([[1 - 4e-9]], [[1]], [[1e-22]], [[1]]))
     P = steady_state_gain(slow)[2]
     y = np.random.default_rng(0).normal(size=(300, 1))
