@@ -195,10 +195,10 @@ def train(
         engine.wait()
 
     warmup = round(recipe.warmup * recipe.steps)
-    bar = tqdm(range(first, recipe.steps + 1), desc=name, disable=not (progress and engine.is_main),
-               leave=True, initial=first - 1, total=recipe.steps, mininterval=0.5)  # fmt: skip
+    bar = tqdm(desc=name, disable=not (progress and engine.is_main), initial=first - 1,
+               total=recipe.steps, mininterval=0.5)  # fmt: skip
     model.train()
-    for step in bar:
+    for step in range(first, recipe.steps + 1):
         set_learning_rates(optimizer, step, recipe.steps, warmup, recipe.floor)
         losses.append(_step(engine, optimizer, batch, loss, recipe, step))
         bar.set_postfix_str(f"loss {losses[-1]:.3f}", refresh=False)
@@ -213,11 +213,11 @@ def train(
         every = recipe.checkpoint_every
         if folder is not None and (asked or (every and (last or step % every == 0))):
             save(step)
+        bar.update()
         if asked and not last:
             bar.close()
             raise KeyboardInterrupt(f"stopped after step {step} of {recipe.steps}")
         if last:
-            bar.update()  # leaving the loop would leave the bar one step short
             break
     bar.close()
     model.eval()

@@ -55,6 +55,14 @@ def test_loss_is_the_cross_entropy_of_the_scored_columns():
     assert math.isclose(scored_loss(model, ids, labels).item(), np.mean(by_hand), rel_tol=1e-5)
 
 
+@pytest.mark.parametrize("stop_at", [None, 0.5])
+def test_the_progress_bar_ends_at_the_last_step(stop_at, capsys):
+    recipe = Recipe(steps=3, lr_ssm=1e-2, lr_attention=1e-2, evaluate_every=2, stop_at=stop_at)
+    train(small_model(), batch, recipe, evaluate=lambda m: {"accuracy": 0.5}, name="recall")
+    shown = capsys.readouterr().err.rpartition("\r")[2]
+    assert shown.startswith("recall") and f"| {2 if stop_at else 3}/3 " in shown
+
+
 def test_training_learns_and_records():
     run = train(small_model(), batch, Recipe(steps=30, lr_ssm=1e-2, lr_attention=1e-2),
                 evaluate=lambda m: {"accuracy": 0.5}, progress=False)  # fmt: skip
