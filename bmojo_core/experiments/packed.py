@@ -21,10 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from bmojo_core.cache import BMojoCache
 from bmojo_core.config import BMojoConfig
-from bmojo_core.experiments.recall_data import RecallPool
+from bmojo_core.experiments.kept import kept_shares
+from bmojo_core.experiments.outside import OUTSIDE
+from bmojo_core.experiments.recall_data import RecallPool, answers, make_pool
 from bmojo_core.modeling import BMojoForCausalLM
 from bmojo_core.training import learning_rate, parameter_groups, provenance, write_json
 
@@ -36,9 +39,10 @@ class Job:
     Attributes
     ----------
     kind, sizes
-        Constructor of `BMojoConfig` and its keyword sizes.
+        Constructor of `BMojoConfig` and its keyword sizes, or a name in `OUTSIDE` and its own.
     task
-        ``seq_len``, ``pairs`` (the mixture trained on), ``filler``, ``vocab_size``.
+        What `make_pool` takes: for MQAR ``seq_len``, ``pairs`` (the mixture trained on),
+        ``filler``, ``vocab_size``; ``task`` names another one.
     steps, batch, lr
         Optimiser steps, examples a step, peak learning rate (one for all parameters: these models
         are far below the scale at which the paper's two rates differ).
@@ -89,7 +93,7 @@ def run_jobs(
         for job in group:
             key = json.dumps(job.task, sort_keys=True)
             if key not in pools:
-                pools[key] = RecallPool(**job.task, device=device)
+                pools[key] = make_pool(job.task, device)
         runs = [_Running(job, pools[json.dumps(job.task, sort_keys=True)], device) for job in group]
         _train_together(runs, begun + 1.5 * seconds)
         for run in runs:
@@ -114,8 +118,7 @@ class _Running:
     def __init__(self, job: Job, pool: RecallPool, device: str) -> None:
         torch.manual_seed(job.seed)
         self.job, self.pool, self.device = job, pool, torch.device(device)
-        self.config = getattr(BMojoConfig, job.kind)(vocab_size=pool.vocab_size, **job.sizes)
-        self.model = BMojoForCausalLM(self.config).to(self.device).train()
+        self.model = build(job, pool.vocab_size).to(self.device).train()
         self.buffers = pool.buffers(job.batch)
         self.choice = random.Random(job.seed)
         self.generator = torch.Generator(self.device).manual_seed(job.seed)
@@ -135,12 +138,9 @@ class _Running:
 
     def _plain_step(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        hidden = self.model.model(
-            self.buffers.ids.long(), use_cache=False, memory_scores=self.buffers.scores
-        ).last_hidden_state
-        at = self.buffers.positions.long()[..., None].expand(-1, -1, hidden.shape[-1])
-        logits = self.model.lm_head(hidden.gather(1, at))
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), self.buffers.targets.long().flatten())
+        read = self.buffers
+        logits = answers(self.model, read.ids, read.positions, read.scores)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), read.targets.long().flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
@@ -190,9 +190,13 @@ class _Running:
             self.stream.synchronize()
         self.model.eval()
         accuracy = self.pool.evaluate(self.model)
-        self.model.train()
         loss = float(self.loss)
-        self.evaluations.append({"step": self.step, "loss": loss, "accuracy": accuracy})
+        entry = {"step": self.step, "loss": loss, "accuracy": accuracy}
+        examples = list(self.pool.held_out.values())[-1]
+        if selects(self.model) and examples.useful.any():
+            entry["kept"] = kept_shares(self.model, examples)
+        self.evaluations.append(entry)
+        self.model.train()
         solved = min(accuracy.values()) >= self.job.stop_at
         self.finished = solved or loss != loss or self.step >= self.job.steps
 
@@ -200,8 +204,8 @@ class _Running:
         """What the run was and what came of it."""
         return {
             "job": asdict(self.job),
-            "parameters": self.config.parameter_count,
-            "state_bytes": state_bytes(self.config),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "state_bytes": state_bytes(self.model.config) if ours(self.model) else None,
             "evaluations": self.evaluations,
             "accuracy": self.evaluations[-1]["accuracy"],
             "seconds": round(time.perf_counter() - self.begun, 1),
@@ -213,6 +217,25 @@ class _Running:
         last = self.evaluations[-1]
         scores = " ".join(f"{n}:{a:.3f}" for n, a in last["accuracy"].items())
         return f"{self.job.name}  step {last['step']}  loss {last['loss']:.3f}  accuracy {scores}"
+
+
+def build(job: Job, vocab_size: int) -> nn.Module:
+    """The job's model with fresh weights."""
+    if job.kind in OUTSIDE:
+        return OUTSIDE[job.kind](vocab_size=vocab_size, **job.sizes)
+    return BMojoForCausalLM(getattr(BMojoConfig, job.kind)(vocab_size=vocab_size, **job.sizes))
+
+
+def ours(model: nn.Module) -> bool:
+    """Whether the model is this library's."""
+    return isinstance(model, BMojoForCausalLM)
+
+
+def selects(model: nn.Module) -> bool:
+    """Whether the model has an eidetic memory."""
+    return (
+        ours(model) and "bmojo" in model.config.layer_types and model.config.num_eidetic_tokens > 0
+    )
 
 
 def state_bytes(config: BMojoConfig, tokens: int = 1) -> int:

@@ -1,113 +1,213 @@
-"""Associative-recall examples kept on the device, in the layout that a captured step reads.
+"""Examples of the recall tasks kept on the device, in the layout that a captured step reads.
 
-Every batch has one number of pairs, drawn from the mixture; scored columns are given as positions
-and targets of fixed size (unused places have target -100), so that shapes never change.
+Scored columns are given as positions and targets of fixed size (unused places have target -100),
+so that shapes never change.  A pool has one training set for each difficulty; every batch is drawn
+from one of them.  Held-out sets may be longer than the training sets.
 
-Symbols: N examples of one number of pairs, L sequence length, b batch, q places for queries.
+Symbols: N examples of one difficulty, L sequence length, b batch, q places for answers.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bmojo_core.modeling import BMojoForCausalLM
-from bmojo_core.tasks import mqar
+from bmojo_core.tasks import fuzzy_recall, induction_heads, mqar, noisy_recall, selective_copying
 
 UNSCORED = -100
+HELD_OUT_SEED = 10_000
+TASKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "selective_copying": selective_copying,
+    "induction_heads": induction_heads,
+    "noisy_recall": noisy_recall,
+    "fuzzy_recall": fuzzy_recall,
+}
 
 
 @dataclass(frozen=True)
 class Buffers:
     """What a step reads: ids (b, L), positions and targets (b, q), oracle scores (b, L)."""
 
-    ids: Tensor
-    positions: Tensor
-    targets: Tensor
-    scores: Tensor
+    ids: Int[Tensor, "b L"]
+    positions: Int[Tensor, "b q"]
+    targets: Int[Tensor, "b q"]
+    scores: Float[Tensor, "b L"]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of one difficulty; ``useful`` (L,) is 1 where perfect selection would keep a token.
+
+    It serves the oracle and the share of useful tokens kept; all zeros where a task has no fixed
+    columns of that kind.
+    """
+
+    ids: Int[Tensor, "N L"]
+    positions: Int[Tensor, "N q"]
+    targets: Int[Tensor, "N q"]
+    useful: Float[Tensor, "L"]
+
+    def to(self, device: str, places: int) -> Examples:
+        """On a device, with room for ``places`` answers."""
+        more = places - self.positions.shape[1]
+        pad = torch.nn.functional.pad
+        return Examples(
+            self.ids.to(device), pad(self.positions, (0, more)).to(device),
+            pad(self.targets, (0, more), value=UNSCORED).to(device), self.useful.to(device),
+        )  # fmt: skip
 
 
 class RecallPool:
-    """Training and evaluation examples of a mixture of difficulties."""
+    """Training and held-out examples by difficulty.
+
+    Parameters
+    ----------
+    train, held_out
+        Examples by the name of their difficulty; all training sets have one length.
+    vocab_size
+        Tokens of the task.
+    device
+        Where the examples are kept.
+    """
 
     def __init__(
-        self,
-        seq_len: int,
-        pairs: list[int],
-        filler: str = "zeros",
-        vocab_size: int = 8192,
-        examples: int = 40_000,
-        held_out: int = 512,
+        self, train: dict[str, Examples], held_out: dict[str, Examples], vocab_size: int,
         device: str = "cpu",
-        evaluate_pairs: list[int] | None = None,
-    ) -> None:
-        self.seq_len, self.vocab_size, self.pairs = seq_len, vocab_size, list(pairs)
-        self.queries = max(pairs)
-        make = dict(seq_len=seq_len, vocab_size=vocab_size, filler=filler)
-        self.train = {
-            n: _compact(*mqar(examples, num_pairs=n, seed=n, **make), self.queries, device)
-            for n in self.pairs
-        }
-        self.held_out = {
-            n: _compact(*mqar(held_out, num_pairs=n, seed=10_000 + n, **make), n, device)
-            for n in (evaluate_pairs or self.pairs)
-        }
+    ) -> None:  # fmt: skip
+        self.vocab_size, self.names = vocab_size, list(train)
+        self.places = max(e.positions.shape[1] for e in train.values())
+        self.train = {name: e.to(device, self.places) for name, e in train.items()}
+        self.held_out = {name: e.to(device, e.positions.shape[1]) for name, e in held_out.items()}
 
     def buffers(self, batch: int) -> Buffers:
         """Static tensors for one step."""
-        device = self.train[self.pairs[0]][0].device
-        narrow = dict(dtype=torch.int16, device=device)
-        shape = (batch, self.queries)
+        ids = self.train[self.names[0]].ids
+        narrow = dict(dtype=torch.int16, device=ids.device)
+        shape = (batch, self.places)
         return Buffers(
-            torch.zeros(batch, self.seq_len, **narrow), torch.zeros(shape, **narrow),
-            torch.zeros(shape, **narrow), torch.zeros(batch, self.seq_len, device=device),
+            torch.zeros(batch, ids.shape[1], **narrow), torch.zeros(shape, **narrow),
+            torch.zeros(shape, **narrow), torch.zeros(batch, ids.shape[1], device=ids.device),
         )  # fmt: skip
 
     def draw(self, into: Buffers, choice: random.Random, generator: torch.Generator) -> None:
         """Fill the buffers with a random batch of a random difficulty."""
-        n = choice.choice(self.pairs)
-        pool = self.train[n]
+        source = self.train[choice.choice(self.names)]
         b = into.ids.shape[0]
-        rows = torch.randint(len(pool[0]), (b,), generator=generator, device=into.ids.device)
-        for target, source in zip((into.ids, into.positions, into.targets), pool, strict=True):
-            torch.index_select(source, 0, rows, out=target)
-        into.scores.copy_(self.oracle(n, b))
-
-    def oracle(self, n: int, batch: int) -> Tensor:
-        """What perfect selection would keep: values' positions, where keys are bound to them."""
-        column = torch.arange(self.seq_len, device=self.train[self.pairs[0]][0].device)
-        wanted = (column < 2 * n) & (column % 2 == 1)
-        return wanted.float().expand(batch, -1)
+        rows = torch.randint(len(source.ids), (b,), generator=generator, device=into.ids.device)
+        for field in ("ids", "positions", "targets"):
+            torch.index_select(getattr(source, field), 0, rows, out=getattr(into, field))
+        into.scores.copy_(source.useful.expand(b, -1))
 
     @torch.no_grad()
-    def evaluate(self, model: BMojoForCausalLM, batch: int = 128) -> dict[str, float]:
-        """Mean per-example accuracy for each number of pairs."""
-        result = {}
-        for n, (ids, positions, targets) in self.held_out.items():
-            right = 0.0
-            parts = zip(ids.split(batch), positions.split(batch), targets.split(batch), strict=True)
-            for i, p, t in parts:
-                scores = self.oracle(n, len(i))
-                hidden = model.model(i.long(), use_cache=False, memory_scores=scores)
-                hidden = hidden.last_hidden_state
-                at = p.long()[..., None].expand(-1, -1, hidden.shape[-1])
-                answer = model.lm_head(hidden.gather(1, at)).argmax(-1)
-                right += float((answer == t).double().mean(1).sum())
-            result[str(n)] = round(right / len(ids), 4)
-        return result
+    def evaluate(self, model: torch.nn.Module, tokens: int = 1 << 15) -> dict[str, float]:
+        """Mean per-example accuracy of every held-out set, ``tokens`` at a time."""
+        return {name: round(_accuracy(model, e, tokens), 4) for name, e in self.held_out.items()}
 
 
-def _compact(
-    ids: Tensor, labels: Tensor, places: int, device: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, positions, targets) as int16 on the device; unused places are unscored."""
+def make_pool(task: dict[str, Any], device: str = "cpu") -> RecallPool:
+    """The pool that a job's ``task`` describes: MQAR, unless it names another one of `TASKS`."""
+    return task_pool(**task, device=device) if "task" in task else mqar_pool(**task, device=device)
+
+
+def mqar_pool(
+    seq_len: int,
+    pairs: list[int],
+    filler: str = "zeros",
+    vocab_size: int = 8192,
+    examples: int = 40_000,
+    held_out: int = 512,
+    device: str = "cpu",
+    evaluate_pairs: list[int] | None = None,
+    evaluate_lengths: list[int] | None = None,
+) -> RecallPool:
+    """A mixture of numbers of pairs; the useful tokens are the values of the pairs.
+
+    ``evaluate_lengths`` adds held-out sets of other lengths, named ``pairs@length``.
+    """
+
+    def make(n: int, count: int, seed: int, length: int) -> Examples:
+        useful = torch.zeros(length)
+        useful[1 : 2 * n : 2] = 1.0  # where a key is bound to its value
+        made = mqar(count, length, n, vocab_size=vocab_size, filler=filler, seed=seed)
+        return compact(*made, useful)
+
+    scored = evaluate_pairs or pairs
+    held = {str(n): make(n, held_out, HELD_OUT_SEED + n, seq_len) for n in scored}
+    for length in evaluate_lengths or ():
+        held |= {f"{n}@{length}": make(n, held_out, HELD_OUT_SEED + n, length) for n in scored}
+    return RecallPool({str(n): make(n, examples, n, seq_len) for n in pairs}, held, vocab_size,
+                      device)  # fmt: skip
+
+
+def task_pool(
+    task: str,
+    seq_len: int,
+    vocab_size: int,
+    examples: int = 40_000,
+    held_out: int = 512,
+    device: str = "cpu",
+    evaluate_lengths: list[int] | None = None,
+    **options: Any,
+) -> RecallPool:
+    """One of `TASKS` at one difficulty, named after the length.
+
+    ``options`` go to the generator, which checks them.
+
+    Raises
+    ------
+    ValueError
+        When the task is unknown.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {sorted(TASKS)}, got {task!r}")
+
+    def make(count: int, seed: int, length: int) -> Examples:
+        made = TASKS[task](count, length, vocab_size=vocab_size, seed=seed, **options)
+        return compact(*made, torch.zeros(length))
+
+    lengths = [seq_len, *(evaluate_lengths or ())]
+    held = {str(n): make(held_out, HELD_OUT_SEED, n) for n in lengths}
+    return RecallPool({str(seq_len): make(examples, 0, seq_len)}, held, vocab_size, device)
+
+
+def compact(ids: Tensor, labels: Tensor, useful: Tensor) -> Examples:
+    """Examples in int16, their scored columns in order; rows with fewer have unscored places."""
     rows, columns = (labels != UNSCORED).nonzero(as_tuple=True)
-    each = len(columns) // len(ids)
-    positions = torch.zeros(len(ids), places, dtype=torch.int16)
-    targets = torch.full((len(ids), places), UNSCORED, dtype=torch.int16)
-    positions[:, :each] = columns.reshape(-1, each).to(torch.int16)
-    targets[:, :each] = labels[rows, columns].reshape(-1, each).to(torch.int16)
-    return ids.to(torch.int16).to(device), positions.to(device), targets.to(device)
+    count = torch.bincount(rows, minlength=len(ids))
+    place = torch.arange(len(rows)) - (count.cumsum(0) - count)[rows]
+    shape = (len(ids), int(count.max()))
+    positions = torch.zeros(shape, dtype=torch.int16)
+    targets = torch.full(shape, UNSCORED, dtype=torch.int16)
+    positions[rows, place] = columns.to(torch.int16)
+    targets[rows, place] = labels[rows, columns].to(torch.int16)
+    return Examples(ids.to(torch.int16), positions, targets, useful)
+
+
+def answers(
+    model: torch.nn.Module, ids: Tensor, positions: Tensor, scores: Tensor
+) -> Float[Tensor, "b q v"]:
+    """Logits where answers are due: the head is applied there only."""
+    if isinstance(model, BMojoForCausalLM):
+        out = model.model(ids.long(), use_cache=False, memory_scores=scores)
+    else:  # one of transformers' own: it names its stack itself and knows no scores
+        out = model.base_model(input_ids=ids.long(), use_cache=False)
+    hidden = out.last_hidden_state
+    at = positions.long()[..., None].expand(-1, -1, hidden.shape[-1])
+    return model.lm_head(hidden.gather(1, at))
+
+
+def _accuracy(model: torch.nn.Module, examples: Examples, tokens: int) -> float:
+    right, batch = 0.0, max(1, tokens // examples.ids.shape[1])
+    parts = (x.split(batch) for x in (examples.ids, examples.positions, examples.targets))
+    for ids, positions, targets in zip(*parts, strict=True):
+        said = answers(model, ids, positions, examples.useful.expand(len(ids), -1)).argmax(-1)
+        asked = targets != UNSCORED
+        right += float((((said == targets) & asked).sum(1) / asked.sum(1).double()).sum())
+    return right / len(examples.ids)

@@ -13,7 +13,7 @@ from bmojo_core.evaluation import accuracy_per_example, recall_accuracy
 from bmojo_core.experiments import figure2, wiring
 from bmojo_core.experiments.command import collect
 from bmojo_core.experiments.packed import Job, _Running, load_records, run_jobs, state_bytes
-from bmojo_core.experiments.recall_data import RecallPool
+from bmojo_core.experiments.recall_data import make_pool
 from bmojo_core.tasks import mqar
 from bmojo_core.training import scored_loss
 
@@ -60,19 +60,23 @@ def test_runs_repeat_to_the_same_numbers(tmp_path):
     assert a == b
 
 
+def whole(examples):
+    return [x.long() for x in (examples.ids, examples.positions, examples.targets)]
+
+
 def test_pool_holds_mqar_examples():
-    pool = RecallPool(**TASK)
+    pool = make_pool(TASK)
     ids, labels = mqar(64, 24, 4, vocab_size=32, seed=4)
-    kept_ids, positions, targets = (x.long() for x in pool.train[4])
+    kept_ids, positions, targets = whole(pool.train["4"])
     assert torch.equal(kept_ids, ids)
     rebuilt = torch.full_like(labels, -100)
     assert torch.equal(rebuilt.scatter(1, positions, targets), labels)
-    _, positions, targets = (x.long() for x in pool.train[2])
+    _, positions, targets = whole(pool.train["2"])
     assert ((targets != -100).sum(1) == 2).all() and targets.shape[1] == 4
 
 
 def test_packed_loss_and_accuracy_are_those_of_the_plain_path():
-    running = _Running(job(), RecallPool(**TASK), "cpu")
+    running = _Running(job(), make_pool(TASK), "cpu")
     buffers = running.buffers
     running.pool.draw(buffers, random.Random(1), torch.Generator().manual_seed(1))
     labels = torch.full((4, 24), -100)
@@ -106,8 +110,11 @@ def test_accuracy_is_the_mean_share_of_right_answers():
 
 
 def test_oracle_scores_are_the_values_columns():
-    pool = RecallPool(**TASK)
-    assert pool.oracle(3, 2).nonzero()[:, 1].tolist() == [1, 3, 5] * 2
+    pool = make_pool({**TASK, "pairs": [3]})
+    assert pool.train["3"].useful.nonzero()[:, 0].tolist() == [1, 3, 5]
+    buffers = pool.buffers(2)
+    pool.draw(buffers, random.Random(0), torch.Generator())
+    assert buffers.scores.nonzero()[:, 1].tolist() == [1, 3, 5] * 2
 
 
 def test_state_bytes_do_not_grow_except_for_full_attention():
