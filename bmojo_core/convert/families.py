@@ -27,11 +27,18 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 from bmojo_core.config import BMojoConfig
 
 SILU = ("silu", "swish")
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Parts of names by which other families say that they compute something else.  The classes of the
+# families below ignore such fields; a checkpoint that sets one was made for another function.
+FOREIGN = (
+    "softcap", "qk_norm", "clip_qkv", "logit_scale", "logits_scaling", "_multiplier",
+    "query_pre_attn_scalar", "alibi", "parallel_residual", "attention_sink",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class Family:
                     f"{self.model_type}: {name} = {value!r} cannot be represented, "
                     f"only one of {allowed}"
                 )
+        _refuse_foreign(self.model_type, theirs)
         ours = {mine: getattr(theirs, name) for mine, name in self.fields.items()}
         if "rope_parameters" in ours:
             ours["rope_parameters"] = _rope(self.model_type, ours["rope_parameters"])
@@ -134,6 +142,23 @@ class Family:
                 first = starts[block]
                 return self.modules[pattern].format(first, first + 1) + name[found.end() :]
         raise ValueError(f"{self.model_type}: weight {name!r} has no place in a B'MOJO")
+
+
+def _refuse_foreign(model_type: str, theirs: PretrainedConfig) -> None:
+    """Fields of other families that change the function, and activations that have weights."""
+    known = type(theirs).__dataclass_fields__
+    for name, value in vars(theirs).items():
+        neutral = value is None or value is False or (value == 1 and value is not True)
+        if name not in known and any(part in name for part in FOREIGN) and not neutral:
+            raise ValueError(
+                f"{model_type}: {name} = {value!r} cannot be represented; transformers ignores it "
+                f"in this family: remove it if that is right"
+            )
+    act = theirs.hidden_act
+    if act in ACT2FN and any(True for _ in ACT2FN[act].parameters()):
+        raise ValueError(
+            f"{model_type}: hidden_act = {act!r} cannot be represented: it has weights"
+        )
 
 
 def _rope(model_type: str, given: dict[str, Any]) -> dict[str, Any]:

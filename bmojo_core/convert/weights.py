@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.convert.families import Family, family_of
@@ -40,7 +41,7 @@ def from_hf(
         ``save_pretrained`` with safetensors.  Covered are Mistral, Llama, Mamba, FalconMamba and
         Jamba.
     dtype
-        Of the new weights; None keeps the source's, which must then be one.
+        Of the new weights, one of ``DTYPES``; None keeps the source's, which must then be one.
 
     Returns
     -------
@@ -50,9 +51,12 @@ def from_hf(
     Raises
     ------
     ValueError
-        For a family or a feature that B'MOJO does not have, a weight without a place, missing,
-        repeated or of another shape, a pickled checkpoint, or a folder that is not there.
+        For a family or a feature that B'MOJO does not have; for a weight without a place, missing,
+        repeated, of another shape, quantized or without data; for a pickled checkpoint, a file that
+        is cut short or cannot be read, or a folder that is not there.
     """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be None or one of {DTYPES}, got {dtype!r}")
     if isinstance(model, (str, Path)):
         return _from_folder(Path(model), dtype)
     if not isinstance(model, PreTrainedModel):
@@ -62,8 +66,11 @@ def from_hf(
     family = family_of(model.config.model_type)
     config = family.configuration(model.config)
     weights = model.state_dict()
-    converted = _fill(family, config, weights.items(), dtype or _common_dtype(weights.items()))
-    if model.can_generate():
+    for name, weight in weights.items():
+        _check_weight(name, weight)
+    dtype = dtype or _common_dtype(family, ((n, w.dtype) for n, w in weights.items()))
+    converted = _fill(family, config, weights.items(), dtype)
+    if getattr(model, "generation_config", None) is not None:
         converted.generation_config = GenerationConfig.from_dict(model.generation_config.to_dict())
     return converted.to(model.device)
 
@@ -71,21 +78,24 @@ def from_hf(
 def _from_folder(folder: Path, dtype: torch.dtype | None) -> BMojoForCausalLM:
     if not (folder / "config.json").is_file():
         raise ValueError(f"model must be a folder with a config.json, got {str(folder)!r}")
-    described = json.loads((folder / "config.json").read_text())
-    family = family_of(str(described.get("model_type")))
+    family = family_of(str(_read_json(folder / "config.json").get("model_type")))
     config = family.configuration(_theirs(family, folder))
-    if dtype is None:
-        dtype = _common_dtype(stream_folder(folder))
+    dtype = dtype or _common_dtype(family, _stored_dtypes(folder))
     converted = _fill(family, config, stream_folder(folder), dtype)
     if (folder / "generation_config.json").is_file():
-        converted.generation_config = GenerationConfig.from_pretrained(folder)
+        settings = _read_json(folder / "generation_config.json")
+        converted.generation_config = GenerationConfig.from_dict(settings)
     return converted
 
 
-def _theirs(family: Family, folder: Path):
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[family.model_type].from_pretrained(folder, local_files_only=True)
+def _theirs(family: Family, folder: Path) -> PretrainedConfig:
+    """Their configuration; their classes check some values themselves, each in its own way."""
+    config_class = CONFIG_MAPPING[family.model_type]
+    try:
+        return config_class.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        message = f"transformers refuses config.json in {str(folder)!r}: {error}"
+        raise ValueError(message) from error
 
 
 # -- reading -----------------------------------------------------------------------------------
@@ -99,17 +109,27 @@ def stream_folder(folder: Path) -> Iterator[tuple[str, Tensor]]:
     ValueError
         When there is no safetensors file, or the index and its shards do not agree.
     """
+    for file in _open_shards(folder):
+        for name in sorted(file.keys()):
+            yield name, file.get_tensor(name)
+
+
+def _open_shards(folder: Path) -> Iterator[Any]:
+    """The open shards of a folder, one after the other, checked against the index."""
     for shard, expected in _shards(folder).items():
         path = folder / shard
         if not path.is_file():
             raise ValueError(f"{_INDEX} names the shard {shard!r}, which is not in {str(folder)!r}")
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if expected is not None and names != expected:
-                odd = sorted(names ^ expected)
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            message = f"{shard!r} in {str(folder)!r} is damaged or cut short: {error}"
+            raise ValueError(message) from error
+        with opened as file:
+            if expected is not None and set(file.keys()) != expected:
+                odd = sorted(set(file.keys()) ^ expected)
                 raise ValueError(f"shard {shard!r} and {_INDEX} do not agree on {odd[:5]}")
-            for name in sorted(names):
-                yield name, file.get_tensor(name)
+            yield file
 
 
 def _shards(folder: Path) -> dict[str, set[str] | None]:
@@ -117,9 +137,12 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     if (folder / _SINGLE).is_file():  # as transformers: one file hides an index
         return {_SINGLE: None}
     if (folder / _INDEX).is_file():
+        places = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{_INDEX} in {str(folder)!r} must have a weight_map, got {places!r}")
         shards: dict[str, set[str]] = {}
-        for name, shard in json.loads((folder / _INDEX).read_text())["weight_map"].items():
-            if Path(shard).name != shard:
+        for name, shard in places.items():
+            if not isinstance(shard, str) or Path(shard).name != shard:
                 raise ValueError(f"{_INDEX}: a shard must lie in the folder, got {shard!r}")
             shards.setdefault(shard, set()).add(name)
         return shards
@@ -128,12 +151,48 @@ def _shards(folder: Path) -> dict[str, set[str] | None]:
     raise ValueError(f"{str(folder)!r} has neither {_SINGLE} nor {_INDEX}{hint}")
 
 
-def _common_dtype(weights: Iterable[tuple[str, Tensor]]) -> torch.dtype:
-    found = {tensor.dtype for _, tensor in weights}
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.name} in {str(path.parent)!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} in {str(path.parent)!r} must hold an object, got {found!r}")
+    return found
+
+
+def _stored_dtypes(folder: Path) -> Iterator[tuple[str, torch.dtype]]:
+    """(name, dtype) of every weight, without reading more of any than an empty slice."""
+    for file in _open_shards(folder):
+        names = file.keys()
+        for name in names:
+            stored = file.get_slice(name)
+            yield name, (stored[:0] if stored.get_shape() else file.get_tensor(name)).dtype
+
+
+def _common_dtype(family: Family, dtypes: Iterable[tuple[str, torch.dtype]]) -> torch.dtype:
+    found = {dtype for name, dtype in dtypes if not name.endswith(family.computed)}
     if len(found) == 1 and found <= set(DTYPES):
         return found.pop()
     names = sorted(str(t) for t in found)
     raise ValueError(f"the weights have dtypes {names}: give dtype, one of {DTYPES}")
+
+
+def _check_weight(name: str, weight: Any) -> None:
+    """A weight must be a plain tensor of real numbers whose data is there."""
+    if not isinstance(weight, Tensor):
+        kind = type(weight).__name__
+        raise ValueError(
+            f"weight {name!r} is not a tensor but a {kind}: quantized models have none"
+        )
+    if weight.dtype not in DTYPES:
+        raise ValueError(
+            f"weight {name!r} has dtype {weight.dtype}, must be one of {DTYPES}: convert the "
+            "checkpoint before it is quantized"
+        )
+    if weight.is_meta:
+        raise ValueError(f"weight {name!r} is on the meta device and has no data: load it first")
 
 
 # -- writing -----------------------------------------------------------------------------------
@@ -198,6 +257,7 @@ def _pieces(family: Family, weights: Iterable[tuple[str, Tensor]]) -> Iterator[t
     for name, tensor in weights:
         if name.endswith(family.computed):
             continue
+        _check_weight(name, tensor)
         for ending, split in family.split.items():
             if name.endswith(ending):
                 prefix = name[: -len(ending)] + "experts"

@@ -260,6 +260,44 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
         from_hf(3)
 
 
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.999])
+def test_a_shard_that_is_cut_short_is_named(folder, kept):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[: int(kept * shard.stat().st_size)])
+    with pytest.raises(ValueError, match=f"'{shard.name}' in .* is damaged or cut short"):
+        from_hf(folder)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("config.json", "{oops", "config.json in .* is not JSON"),
+        ("config.json", "[1]", r"config.json in .* must hold an object, got \[1\]"),
+        ("config.json", '{"model_type": "mistral", "hidden_size": "wide"}',
+         "transformers refuses config.json in .*hidden_size"),
+        ("config.json", '{"model_type": "mistral", "rope_parameters": {"rope_type": "longrope"}}',
+         "transformers refuses config.json in .*longrope"),
+        ("generation_config.json", "{", "generation_config.json in .* is not JSON"),
+        (INDEX, "{oops", f"{INDEX} in .* is not JSON"),
+        (INDEX, "{}", f"{INDEX} in .* must have a weight_map, got None"),
+        (INDEX, '{"weight_map": {}}', f"{INDEX} in .* must have a weight_map, got {{}}"),
+        (INDEX, '{"weight_map": {"a": 3}}', "must lie in the folder, got 3"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_named(folder, file, text, message):
+    (folder / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        from_hf(folder)
+
+
+def test_a_model_without_generation_settings_converts(mistral):
+    mistral.generation_config, ids = None, tokens(mistral)
+    assert (logits(from_hf(mistral), ids) - logits(mistral, ids)).abs().max() <= 1e-4
+
+
 def test_generation_settings_come_along(mistral, folder):
     mistral.generation_config.eos_token_id = [2, 5]
     mistral.generation_config.temperature = 0.5
@@ -289,7 +327,45 @@ def test_the_source_dtype_is_kept_or_replaced(mistral, dtype):
             assert torch.equal(mine, frequency[name])  # angles lose no precision
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64, "float32", 3])
+def test_a_dtype_that_no_model_has_is_refused(mistral, dtype):
+    with pytest.raises(ValueError, match="dtype must be None or one of .*torch.float64"):
+        from_hf(mistral, dtype=dtype)
+
+
+def test_the_dtype_of_stored_frequencies_does_not_decide(mistral, tmp_path):
+    mistral.half().save_pretrained(tmp_path)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(tmp_path, lambda w: w.update({name: torch.zeros(3)}))
+    assert {p.dtype for p in from_hf(tmp_path).parameters()} == {torch.float16}
+
+
 # -- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool])
+def test_quantized_weights_are_refused_whatever_dtype_is_asked_for(mistral, tmp_path, dtype):
+    mistral.save_pretrained(tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(tmp_path, lambda w: w.update({name: w[name].to(dtype)}))
+    with pytest.raises(ValueError, match=f"'{name}' has dtype {dtype}.*before it is quantized"):
+        from_hf(tmp_path, dtype=torch.float32)
+
+
+def test_a_model_whose_weights_are_not_there_is_refused():
+    config_class, model_class = peers.CLASSES["llama"]
+    with torch.device("meta"):
+        model = model_class(config_class(**peers._SIZES["llama"]))
+    with pytest.raises(ValueError, match="'model.embed_tokens.weight' is on the meta device"):
+        from_hf(model, dtype=torch.float32)
+
+
+def test_weights_that_are_no_tensors_are_refused(mistral):
+    mistral.lm_head.__class__ = type(
+        "Packed", (torch.nn.Linear,), {"get_extra_state": lambda self: {"packed": b""}}
+    )
+    with pytest.raises(ValueError, match="'lm_head._extra_state' is not a tensor but a dict"):
+        from_hf(mistral)
 
 
 @pytest.mark.parametrize("model_type", sorted(REFUSED))
@@ -337,12 +413,25 @@ _ROPE = {"rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings":
         ("mamba", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
         ("falcon_mamba", {"hidden_act": "relu"}, "falcon_mamba: hidden_act"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ("llama", {"hidden_act": "prelu"}, "hidden_act = 'prelu'.*it has weights"),
+        ("llama", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping = 30.0"),
+        ("mistral", {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ("mistral", {"use_qk_norm": True}, "use_qk_norm = True"),
+        ("llama", {"clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ("llama", {"embedding_multiplier": 12.0}, "embedding_multiplier = 12.0"),
+        ("jamba", {"logits_scaling": 8.0}, "logits_scaling = 8.0"),
     ],
 )  # fmt: skip
 def test_a_feature_that_cannot_be_represented_is_refused(model_type, changes, message):
     config = peers.CLASSES[model_type][0](**{**peers._SIZES[model_type], **changes})
     with pytest.raises(ValueError, match=message):
         FAMILIES[model_type].configuration(config)
+
+
+def test_a_foreign_field_that_changes_nothing_is_no_obstacle():
+    neutral = {"embedding_multiplier": 1.0, "qk_norm": False, "final_logit_softcapping": None}
+    config = peers.CLASSES["llama"][0](**{**peers._SIZES["llama"], **neutral})
+    assert FAMILIES["llama"].configuration(config).hidden_size == 20
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda f: f.model_type)
