@@ -460,8 +460,10 @@ def test_every_verdict_names_a_test_that_exists():
     here = Path(__file__).parent
     text = (here.parents[1] / "docs" / "errata.md").read_text()
     rows = re.split(r"^(?=\d+\. )", text, flags=re.MULTILINE)[1:]
-    assert len(rows) == 33
+    assert [int(row.split(".")[0]) for row in rows] == list(range(1, 34))
     for row in rows:
+        verdicts = re.findall(r"\*\*([^*]+)\*\*", row)
+        assert verdicts and set(verdicts) <= {"Holds", "Holds, corrected", "Fails"}, row
         file, cited = "test_errata.py", re.findall(r"`(?:(test_\w+\.py)?(::))?(test_\w+)`", row)
         assert cited, row
         for named, colons, name in cited:
