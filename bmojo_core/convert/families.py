@@ -32,7 +32,7 @@ from transformers.activations import ACT2FN
 from bmojo_core.config import BMojoConfig
 
 SILU = ("silu", "swish")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "yarn")
 # Parts of names by which other families say that they compute something else.  The classes of the
 # families below ignore such fields; a checkpoint that sets one was made for another function.
 FOREIGN = (

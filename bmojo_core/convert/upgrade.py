@@ -78,9 +78,13 @@ def upgrade(
     Raises
     ------
     ValueError
-        When there is nothing to upgrade, a window is missing or would change, or for a setting
-        that would change what the model already computes.
+        When the model is not a B'MOJO or has nothing to upgrade, a window is missing or would
+        change, or for a setting that would change what the model already computes.
     """
+    if not isinstance(model, BMojoForCausalLM):
+        raise ValueError(
+            f"model must be a BMojoForCausalLM, as from_hf returns it, got {type(model).__name__}"
+        )
     types = model.config.layer_types
     if "bmojo" in types:
         raise ValueError("model must not have 'bmojo' sublayers yet")

@@ -5,6 +5,10 @@
 so that q_t . k_s depends on t - s.  The planes pair feature i with feature i + p/2.  Frequencies,
 and their scaled variants for long contexts, are transformers' own.
 
+"dynamic" frequencies are the plain ones up to ``max_position_embeddings`` and change with each
+token beyond: a key that was turned and stored would be at a wrong angle, so longer texts are
+refused.
+
 Symbols: p head width, f (p/2,) frequencies.
 """
 
@@ -24,23 +28,24 @@ class Rotary(nn.Module):
     Raises
     ------
     ValueError
-        For a rope_type that transformers does not know, or one whose frequencies change with the
-        length of the text ("dynamic", "longrope"): a cached key could then not stay as it is.
+        For a rope_type that transformers does not know, or "longrope", whose frequencies change
+        with the length of the text: a cached key could then not stay as it is.
     """
 
     def __init__(self, config: BMojoConfig) -> None:
         super().__init__()
         parameters = dict(config.rope_parameters or {})
         kind = parameters.get("rope_type", "default")
-        if kind in ("dynamic", "longrope") or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
-            allowed = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"dynamic", "longrope"})
+        if kind == "longrope" or kind not in {"default", *ROPE_INIT_FUNCTIONS}:
+            allowed = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"longrope"})
             raise ValueError(f"rope_parameters['rope_type'] must be in {allowed}, got {kind!r}")
         self.config = config
+        self.limit = config.max_position_embeddings if kind == "dynamic" else None
         frequency, self.scaling = self._frequencies(kind, parameters)
         self.register_buffer("frequency", frequency, persistent=False)
 
     def _frequencies(self, kind: str, parameters: dict) -> tuple[Tensor, float]:
-        if kind == "default":
+        if kind in ("default", "dynamic"):
             p = self.config.head_dim
             exponent = torch.arange(0, p, 2, dtype=torch.int64).float() / p
             return 1.0 / float(parameters.get("rope_theta", 10000.0)) ** exponent, 1.0
@@ -63,6 +68,11 @@ class Rotary(nn.Module):
     def forward(
         self, heads: Float[Tensor, "b *l h p"], position: Int[Tensor, "b *l"]
     ) -> Float[Tensor, "b *l h p"]:
+        if self.limit is not None and bool((position >= self.limit).any()):
+            raise ValueError(
+                f"a text must not be longer than max_position_embeddings {self.limit} with "
+                f"rope_type 'dynamic', got position {int(position.max())}"
+            )
         wide = torch.promote_types(heads.dtype, torch.float32)
         angle = position[..., None, None].to(wide) * self.frequency.to(wide)  # (b, *l, 1, p/2)
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling

@@ -148,6 +148,6 @@ def test_unknown_presets_and_kinds_are_refused():
 
 
 def test_rope_types_that_change_with_length_are_refused():
-    config = BMojoConfig(position="rope", rope_parameters={"rope_type": "dynamic"})
-    with pytest.raises(ValueError, match=r"rope_type.*'dynamic'"):
+    config = BMojoConfig(position="rope", rope_parameters={"rope_type": "longrope"})
+    with pytest.raises(ValueError, match=r"rope_type.*'longrope'"):
         BMojoForCausalLM(config)

@@ -93,6 +93,19 @@ def test_any_size_converts(family, groups, per_group, layers, window, length, vo
     assert (logits(from_hf(peer), ids) - logits(peer, ids)).abs().max() <= 1e-4
 
 
+def test_dynamic_frequencies_are_plain_up_to_their_limit_and_refused_beyond():
+    """Beyond it transformers turns new keys by other angles than those it has stored."""
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+    peer = peers.build("llama", rope_parameters=rope, max_position_embeddings=LENGTH)
+    converted, ids = from_hf(peer), tokens(peer)
+    assert (logits(converted, ids) - logits(peer, ids)).abs().max() <= 1e-4
+    state = converted(ids, use_cache=True).past_key_values
+    for read in (lambda: converted(tokens(peer, length=LENGTH + 1)),
+                 lambda: converted(ids[:, :1], past_key_values=state)):  # fmt: skip
+        with pytest.raises(ValueError, match="longer than max_position_embeddings 23"):
+            read()
+
+
 def test_same_logits_under_left_padding(mistral):
     ids, mask = tokens(mistral), torch.ones(2, LENGTH, dtype=torch.long)
     mask[1, :9] = 0
@@ -401,7 +414,6 @@ _ROPE = {"rope_theta": 100.0, "factor": 2.0, "original_max_position_embeddings":
     ("model_type", "changes", "message"),
     [
         ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types"),
-        ("mistral", {"rope_parameters": {**_ROPE, "rope_type": "dynamic"}}, "'dynamic'"),
         ("llama", {"rope_parameters": {
             **_ROPE, "rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3,
         }}, "'longrope'"),

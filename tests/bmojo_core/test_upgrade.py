@@ -161,6 +161,12 @@ def test_what_cannot_be_upgraded_is_refused(name, settings, message):
         upgrade(converted(name), **settings)
 
 
+@pytest.mark.parametrize("name", ["mistral, no window", "mamba"])
+def test_a_model_that_is_not_converted_is_refused(name):
+    with pytest.raises(ValueError, match="model must be a BMojoForCausalLM, as from_hf returns it"):
+        upgrade(peers.variant(name), window=4)
+
+
 def test_a_model_with_memory_is_not_upgraded_again():
     with pytest.raises(ValueError, match="must not have 'bmojo'"):
         upgrade(peaky.model())
