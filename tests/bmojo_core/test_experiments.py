@@ -10,10 +10,11 @@ import torch.nn.functional as F
 
 from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.evaluation import accuracy_per_example, recall_accuracy
-from bmojo_core.experiments import figure2, wiring
+from bmojo_core.experiments import external, figure2, harder, table3, wiring
 from bmojo_core.experiments.command import collect
-from bmojo_core.experiments.packed import Job, _Running, load_records, run_jobs, state_bytes
+from bmojo_core.experiments.packed import Job, _Running, build, load_records, run_jobs, state_bytes
 from bmojo_core.experiments.recall_data import make_pool
+from bmojo_core.experiments.sweep import repeats
 from bmojo_core.tasks import mqar
 from bmojo_core.training import scored_loss
 
@@ -134,6 +135,52 @@ def test_figure_2_repeats_the_best_rate(tmp_path):
     repeats = figure2.repeats(folder)
     assert [(j.lr, j.seed) for j in repeats] == [(3e-3, 1), (3e-3, 2)]
     assert len({j.name for j in figure2.jobs(tmp_path)}) == 75 + 24 + 2
+
+
+def test_figure_2_widens_the_grid_while_the_best_rate_is_at_its_edge(tmp_path):
+    def record(lr, accuracy):
+        made = figure2.job("hybrid", 16, lr, 0)
+        content = {"job": dataclasses.asdict(made), "accuracy": {"64": accuracy}}
+        (tmp_path / f"{made.name}.json").write_text(json.dumps(content))
+        return [job.lr for job in figure2.beyond(tmp_path)]
+
+    assert record(3e-3, 0.2) == record(9e-3, 0.4) == []  # no grid yet
+    assert record(1e-3, 0.1) == [0.027]
+    assert record(0.027, 0.3) == [0.027]  # inside now; what was added stays in the list
+    assert record(0.027, 0.5) == [0.081, 0.027]
+
+
+SWEEPS = (table3, harder, external)
+
+
+@pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.__name__.rsplit(".", 1)[-1])
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_a_sweep_lists_every_job_once_and_each_is_a_model(sweep, size, tmp_path):
+    jobs = sweep.jobs(tmp_path, size)
+    assert len({job.name for job in jobs}) == len(jobs)
+    different = {(job.kind, json.dumps(job.sizes, sort_keys=True)): job for job in jobs}
+    for job in different.values():
+        with torch.device("meta"):
+            assert build(job, 64).config.hidden_size == job.sizes["hidden_size"]
+
+
+def test_the_best_rate_is_repeated_once_its_group_is_complete(tmp_path):
+    first = [job(lr=lr, tags={"kind": "bmojo", "lr": lr, "seed": 0}) for lr in (1e-3, 1e-2)]
+    for made, accuracy in zip(first, (0.9, 0.3), strict=True):
+        assert repeats(first, tmp_path, (1, 2)) == []
+        record = {"job": dataclasses.asdict(made), "accuracy": {"4": accuracy}}
+        (tmp_path / f"{made.name}.json").write_text(json.dumps(record))
+    again = repeats(first, tmp_path, (1, 2))
+    assert [(j.lr, j.seed, j.tags["seed"]) for j in again] == [(1e-3, 1, 1), (1e-3, 2, 2)]
+
+
+@pytest.mark.parametrize(("ours", "theirs"), external.PAIRS.items())
+@pytest.mark.parametrize("size", ["cpu", "gpu"])
+def test_outside_models_have_our_parameters(ours, theirs, size):
+    with torch.device("meta"):
+        models = [build(external.job(size, kind, 1e-3), 100) for kind in (ours, theirs)]
+    shapes = [sorted(tuple(p.shape) for p in model.parameters()) for model in models]
+    assert shapes[0] == shapes[1]
 
 
 def test_collect_takes_the_sweeps_own_records(tmp_path, capsys):
