@@ -42,7 +42,7 @@ from bmojo_core.layers.eidetic import (
 )
 from bmojo_core.layers.mamba import SSMState
 
-FORMAT = "bmojo state 1"
+FORMAT = "bmojo state 2"
 WIDE = ("x", "key_sum")  # fields that are kept in float32 at least
 PARTS = {
     part.__name__: part

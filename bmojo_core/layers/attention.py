@@ -35,11 +35,12 @@ State = TypeVar("State", bound=tuple)  # a named tuple of tensors
 class Register(NamedTuple):
     """Keys and values: m memory tokens, then the ring, in which position s has place s mod w.
 
-    A step writes in place; who keeps an older state has to copy it first (``BMojoCache.own``).
+    Head by head, so that a step reads each head's keys in one run through memory.  A step writes
+    in place; who keeps an older state has to copy it first (``BMojoCache.own``).
     """
 
-    k: Float[Tensor, "b mw g p"]
-    v: Float[Tensor, "b mw g p"]
+    k: Float[Tensor, "b g mw p"]
+    v: Float[Tensor, "b g mw p"]
 
 
 class Growing(NamedTuple):
@@ -158,8 +159,8 @@ def past_window(
 ) -> tuple[Float[Tensor, "b r g p"], Float[Tensor, "b r g p"], Bool[Tensor, "b r"]]:
     """The last w - 1 keys and values in order of age, and which of them exist (r = w - 1)."""
     at = start[:, None] + torch.arange(1 - w, 0, device=start.device)  # (b, w-1) positions
-    place = register.k.shape[1] - w + at % w
-    return take(register.k, place), take(register.v, place), at >= 0
+    k, v = (x[:, :, x.shape[2] - w :].transpose(1, 2) for x in register)
+    return take(k, at % w), take(v, at % w), at >= 0
 
 
 def write_register(
@@ -179,12 +180,12 @@ def write_register(
     column = newest - first[:, None]  # among the new tokens, or negative
     fresh = (column >= 0)[..., None, None]
     column = column.clamp(0, l - 1)
+    new = (take(x, column).transpose(1, 2).contiguous() for x in (k, v))  # (b, g, w, p)
+    fresh = fresh.transpose(1, 2)
     if register is None:
-        return Register(*(take(x, column) * fresh for x in (k, v)))
-    old = (x[:, x.shape[1] - w :] for x in register)
-    return Register(
-        *(torch.where(fresh, take(x, column), o) for x, o in zip((k, v), old, strict=True))
-    )
+        return Register(*(x * fresh for x in new))
+    old = (x[:, :, x.shape[2] - w :] for x in register)
+    return Register(*(torch.where(fresh, n, o) for n, o in zip(new, old, strict=True)))
 
 
 def writable(state: State, keep_state: bool, *inputs: Tensor) -> State:
@@ -203,10 +204,11 @@ def write_step(
     start: Int[Tensor, "b"],
 ) -> None:  # fmt: skip
     """One token more, in place: cost 1, not w."""
-    place = register.k.shape[1] - w + start % w
+    place = register.k.shape[2] - w + start % w
+    k, v = k.transpose(1, 2), v.transpose(1, 2)  # (b, g, 1, p)
     index = place[:, None, None, None].expand_as(k)
-    register.k.scatter_(1, index, k)
-    register.v.scatter_(1, index, v)
+    register.k.scatter_(2, index, k)
+    register.v.scatter_(2, index, v)
 
 
 def attend_step(
@@ -227,7 +229,7 @@ def attend_step(
             visible = torch.cat([mem_valid, visible], 1)
         mask = visible[:, None, None, :]
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), register.k.transpose(1, 2), register.v.transpose(1, 2),
-        attn_mask=mask, enable_gqa=q.shape[2] != register.k.shape[2],
+        q.transpose(1, 2), register.k, register.v, attn_mask=mask,
+        enable_gqa=q.shape[2] != register.k.shape[1],
     )  # fmt: skip
     return out.transpose(1, 2)

@@ -331,8 +331,8 @@ class MemoryAttention(nn.Module):
             return carried.current
         fading = self.fading(y, carried.outputs, start, 1, torch.zeros_like(start))
         fresh = eidetic.join(fading, eidetic.as_memory(best))
-        for old, new in zip(window, (fresh.k[:, 0], fresh.v[:, 0]), strict=True):
-            front = old[:, : new.shape[1]]
+        for old, new in zip(window, _by_head(fresh), strict=True):
+            front = old[:, :, : new.shape[2]]
             front.copy_(torch.where(begins[:, None, None, None], new, front))
         tokens = InUse(fresh.valid[:, 0], fresh.position[:, 0], fresh.score[:, 0])
         return eidetic.where_rows(begins, tokens, carried.current)
@@ -369,14 +369,19 @@ class MemoryAttention(nn.Module):
 
 def _put_before(memory: Memory, ring: Register) -> tuple[Register, InUse]:
     """One chunk's memory (n = 1) with its keys and values in front of the window's ring."""
-    pairs = zip((memory.k[:, 0], memory.v[:, 0]), ring, strict=True)
     which = InUse(memory.valid[:, 0], memory.position[:, 0], memory.score[:, 0])
-    return Register(*(torch.cat(pair, 1) for pair in pairs)), which
+    pairs = zip(_by_head(memory), ring, strict=True)
+    return Register(*(torch.cat(pair, 2) for pair in pairs)), which
+
+
+def _by_head(memory: Memory) -> tuple[Float[Tensor, "b g m p"], Float[Tensor, "b g m p"]]:
+    """Keys and values of one chunk's memory (n = 1) as a register holds them."""
+    return memory.k[:, 0].transpose(1, 2), memory.v[:, 0].transpose(1, 2)
 
 
 def _in_use(register: Register, current: InUse) -> Memory:
     """The inverse: the memory in use, as the memory of one chunk."""
-    k, v = (x[:, None, : current.valid.shape[1]] for x in register)
+    k, v = (x[:, :, : current.valid.shape[1]].transpose(1, 2)[:, None] for x in register)
     return Memory(k, v, *(x[:, None] for x in current))
 
 

@@ -115,7 +115,7 @@ def test_saving_nothing_and_loading_what_is_no_state(tmp_path, model):
         BMojoCache().save(tmp_path / "state")
     assert list(tmp_path.iterdir()) == []
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="must hold a 'bmojo state 1'"):
+    with pytest.raises(ValueError, match="must hold a 'bmojo state 2'"):
         BMojoCache.load(tmp_path / "model.safetensors")
     with pytest.raises(FileNotFoundError):
         BMojoCache.load(tmp_path / "nothing")
