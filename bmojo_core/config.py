@@ -315,7 +315,17 @@ def sublayer_parameters(config: BMojoConfig, sublayer: str, width: int | None = 
     convolution = d * config.key_kernel
     gates = memory * config.num_heads + d * bias(config.wiring == "stacked")
     gates *= bias(config.memory_gates)
-    return ssm + attention + fading_norm + memory * separate - parallel + convolution + gates
+    predictor = d * config.innovation_taps * bias(_has_predictor(config))
+    return (
+        ssm + attention + fading_norm + memory * separate - parallel + convolution + gates
+        + predictor
+    )  # fmt: skip
+
+
+def _has_predictor(config: BMojoConfig) -> bool:
+    from bmojo_core.layers.selection import asks_for
+
+    return config.num_eidetic_tokens > 0 and asks_for(config.selection, "predictor")
 
 
 def _matching_width(config: BMojoConfig, sublayer: str) -> int:

@@ -51,7 +51,14 @@ from bmojo_core.layers.attention import (
 from bmojo_core.layers.eidetic import EideticState, InUse, Memory, Tokens
 from bmojo_core.layers.mamba import Mamba, SSMState
 from bmojo_core.layers.rows import align, is_valid, may_hold, slide, take, unalign
-from bmojo_core.layers.selection import Observed, score_tokens
+from bmojo_core.layers.selection import (
+    Observed,
+    also_minimise,
+    asks_for,
+    predictor_loss,
+    received_attention,
+    score_tokens,
+)
 from bmojo_core.ops import causal_conv1d, memory_attention
 
 
@@ -143,18 +150,24 @@ class MemoryAttention(nn.Module):
             self.memory_v_proj = nn.Linear(d, groups, bias=bias)
         if config.key_kernel:
             self.key_conv = nn.Parameter(torch.zeros(d, config.key_kernel))
+        self.asks = {f: config.num_eidetic_tokens > 0 and asks_for(config.selection, f)
+                     for f in ("predictor", "window_mass")}  # fmt: skip
+        if self.asks["predictor"]:
+            self.predictor = nn.Parameter(torch.zeros(d, config.innovation_taps))
         self.gated = config.memory_gates and self.has_memory
         if self.gated:
             self.memory_gate = nn.Parameter(torch.zeros(config.num_heads))
 
     def reset_parameters(self) -> None:
-        """Gates begin closed, the key convolution as the identity: they then change nothing."""
+        """Gates closed, the key convolution the identity, the predictor the fixed average."""
         if self.gated:
             init.zeros_(self.memory_gate)
         if self.config.key_kernel:
             identity = torch.zeros(self.key_conv.shape)
             identity[:, -1] = 1.0
             init.copy_(self.key_conv, identity)
+        if self.asks["predictor"]:
+            init.constant_(self.predictor, 1 / self.config.innovation_taps)
 
     def forward(
         self,
@@ -173,7 +186,11 @@ class MemoryAttention(nn.Module):
         k, v = self.projections.keys_values(content, at)
         window = state.window if state else None
         carried = state.memory if state else eidetic.empty_state(self.config, k)
-        tokens, seen = self.candidates(content, k, v, y, at, lengths, carried, oracle)
+        mass = None
+        if self.asks["window_mass"]:
+            earlier, mass = self._received(q, k, window, start, lengths)
+            carried = carried._replace(waiting=eidetic.add_to_waiting(carried.waiting, earlier))
+        tokens, seen = self.candidates(content, k, v, y, at, carried, oracle, mass)
         stream = eidetic.merge_candidates(carried.waiting, tokens)
         if lengths is not None:
             hidden = ~is_valid(lengths, at.shape[1])
@@ -184,6 +201,9 @@ class MemoryAttention(nn.Module):
             q, k, v, y, stream, carried, window, start, lengths, keep_state
         )
         out = self.projections.output(heads)
+        if self.asks["predictor"] and torch.is_grad_enabled():
+            here = None if lengths is None else is_valid(lengths, at.shape[1])
+            out = also_minimise(out, predictor_loss(seen, here))
         if not keep_state:
             return out, None
         memory = EideticState(
@@ -197,7 +217,7 @@ class MemoryAttention(nn.Module):
 
     def candidates(
         self, u: Tensor, k: Tensor, v: Tensor, y: Tensor, at: Tensor,
-        lengths: Tensor | None, carried: EideticState, oracle: Tensor | None,
+        carried: EideticState, oracle: Tensor | None, window_mass: Tensor | None,
     ) -> tuple[Tokens, Observed]:  # fmt: skip
         """Every new token with its score and the key and value it would be remembered by."""
         c = self.config
@@ -207,13 +227,28 @@ class MemoryAttention(nn.Module):
             scored, past = y, carried.outputs
         past = past[:, past.shape[1] - c.innovation_taps :]
         seen = Observed(
-            scored, past, k, carried.key_sum, at, oracle, c.innovation_taps, c.selection_seed
-        )
+            scored, past, k, carried.key_sum, at, oracle, c.innovation_taps, c.selection_seed,
+            self.predictor if self.asks["predictor"] else None, window_mass,
+        )  # fmt: skip
         if c.num_eidetic_tokens == 0:
             return Tokens(k, v, at.float(), at), seen
         score = score_tokens(c.selection, seen)
         memory_k, memory_v = self.memory_keys_values(u, at, (k, v))
         return Tokens(memory_k, memory_v, score, at), seen
+
+    def _received(
+        self, q: Tensor, k: Tensor, window: Register | None, start: Tensor | None,
+        lengths: Tensor | None,
+    ) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b l"]]:  # fmt: skip
+        """Attention given by the new queries: to the r = w - 1 tokens before, and to the new."""
+        w, (b, l, g, p) = self.config.window, k.shape
+        past_k = k.new_zeros(b, w - 1, g, p)
+        exists = torch.zeros(b, w - 1, dtype=torch.bool, device=k.device)
+        if window is not None:
+            past_k, _, exists = past_window(window, w, start)
+        here = None if lengths is None else is_valid(lengths, l)
+        with torch.no_grad():
+            return received_attention(q, k, past_k, exists, here)
 
     def memory_keys_values(
         self, tokens: Float[Tensor, "b *l d"], at: Int[Tensor, "b *l"],

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rows import align, may_hold, slide, take
-from bmojo_core.layers.selection import NEEDS
+from bmojo_core.layers.selection import asks_for
 from bmojo_core.ops import running_top_k
 
 State = TypeVar("State", bound=tuple)  # a named tuple of tensors
@@ -84,7 +84,7 @@ def outputs_needed(c: BMojoConfig) -> int:
 
 def needs_key_sum(c: BMojoConfig) -> bool:
     """Whether the selection policy looks at the sum of all past keys."""
-    return c.num_eidetic_tokens > 0 and "past_key_sum" in NEEDS.get(c.selection, ())
+    return c.num_eidetic_tokens > 0 and asks_for(c.selection, "past_key_sum")
 
 
 def fading_delay(c: BMojoConfig) -> int:
@@ -93,8 +93,12 @@ def fading_delay(c: BMojoConfig) -> int:
 
 
 def storing_delay(c: BMojoConfig) -> int:
-    """How old a token must be to be stored: 0, or old enough to have left every query's window."""
-    if c.store_in_window or c.num_eidetic_tokens == 0:
+    """How old a token must be to be stored: 0, or old enough to have left every query's window.
+
+    A policy that counts the attention received in the window knows the score no earlier.
+    """
+    at_once = c.store_in_window and not asks_for(c.selection, "window_mass")
+    if at_once or c.num_eidetic_tokens == 0:
         return 0
     return c.window if c.memory_update == "token" else c.window - 1
 
@@ -202,6 +206,12 @@ def still_waiting(waiting: Tokens, new: Tokens, lengths: Int[Tensor, "b"] | None
     if waiting.score.shape[1] == 0:
         return waiting
     return Tokens(*(slide(old, x, lengths) for old, x in zip(waiting, new, strict=True)))
+
+
+def add_to_waiting(waiting: Tokens, mass: Float[Tensor, "b r"]) -> Tokens:
+    """Tokens that wait, the latest last, with more attention received by the r latest."""
+    older = waiting.score.shape[1] - mass.shape[1]
+    return waiting._replace(score=waiting.score + F.pad(mass, (older, 0)))
 
 
 def join(fading: Memory, eidetic: Memory) -> Memory:

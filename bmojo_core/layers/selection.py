@@ -12,25 +12,34 @@ and every other policy here is a control for it.  To try a rule of your own, wri
     def longest_key(seen):
         return seen.keys.square().sum((-1, -2))
 
-What only some rules look at is summed up only for those that ask: ``needs=("past_key_sum",)``.
+What only some rules look at is kept only for those that ask, for example
+``needs=("past_key_sum",)``.  Two rules ask for more than a sum:
+
+    learned_predictor       e_t = || y_t - sum_j a_j * y_{t-j} ||^2 / d
+    accumulated_attention   e_i = sum_{t = i}^{i+w-1} mean_h softmax_s(q_t . k_s)_i,  s in window
+
+The weights a (d, k) of the first, one set a channel as in a short convolution, are trained beside
+the model by a loss of their own (`predictor_loss`).  The second knows a token's score only when
+the token leaves the window, so it stores tokens no earlier.
 
 Symbols
 -------
 b, l, d    batch, length, model width
-g, p       key-value heads and their width
+g, p       key-value heads and their width          h, w    heads, window
 k          innovation taps
 y_t        output of the fading memory (the SSM) at t
 e_t        score of token t
+a          weights of the learned predictor
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bmojo_core.ops import innovation as squared_prediction_error
@@ -56,6 +65,12 @@ class Observed:
         Scores given from outside (b, l), or None: an upper bound, not a policy one could use.
     taps, seed
         ``innovation_taps`` and ``selection_seed`` of the configuration.
+    predictor
+        Weights (d, k) of the past k outputs, the latest first; None unless the policy needs them.
+    window_mass
+        Attention that each token received from the queries of this stretch, itself included
+        (b, l); None unless the policy needs it.  What later queries give while the token is in
+        their window is added to its score.
     """
 
     y: Float[Tensor, "b l d"]
@@ -66,12 +81,15 @@ class Observed:
     oracle: Float[Tensor, "b l"] | None
     taps: int
     seed: int
+    predictor: Float[Tensor, "d k"] | None = None
+    window_mass: Float[Tensor, "b l"] | None = None
 
 
 Policy = Callable[[Observed], Float[Tensor, "b l"]]
 POLICIES: dict[str, Policy] = {}
 NEEDS: dict[str, frozenset[str]] = {}  # by policy: the fields below that it reads
-ON_DEMAND = frozenset({"past_key_sum"})  # fields of Observed that cost a state of their own
+# Fields of Observed that cost a state, weights or a delay of their own.
+ON_DEMAND = frozenset({"past_key_sum", "predictor", "window_mass"})
 
 
 def register_policy(name: str, needs: Iterable[str] = ()) -> Callable[[Policy], Policy]:
@@ -82,7 +100,8 @@ def register_policy(name: str, needs: Iterable[str] = ()) -> Callable[[Policy], 
     name
         What configurations call it.
     needs
-        Fields of ``Observed`` that the model computes for those that ask: ``"past_key_sum"``.
+        Fields of ``Observed`` that the model has for those that ask: ``"past_key_sum"``,
+        ``"predictor"``, ``"window_mass"``.
 
     Raises
     ------
@@ -134,6 +153,22 @@ def key_diversity(seen: Observed) -> Float[Tensor, "b l"]:
     return -F.cosine_similarity(keys, before, dim=-1).mean(-1)
 
 
+@register_policy("learned_predictor", needs=("predictor",))
+def learned_predictor(seen: Observed) -> Float[Tensor, "b l"]:
+    """How badly trained weights of the last k outputs predict this one."""
+    return (seen.y - predicted(seen)).float().square().mean(-1)
+
+
+@register_policy("accumulated_attention", needs=("window_mass",))
+def accumulated_attention(seen: Observed) -> Float[Tensor, "b l"]:
+    """The attention that a token received while it was in the window (as in H2O's heavy hitters).
+
+    Counted over the window alone, so that the score is fixed once the token has left it and does
+    not depend on what memory holds.
+    """
+    return seen.window_mass
+
+
 @register_policy("oracle")
 def oracle(seen: Observed) -> Float[Tensor, "b l"]:
     """Scores handed in with the batch (``memory_scores``): what perfect selection would reach.
@@ -152,6 +187,110 @@ def score_tokens(name: str, seen: Observed) -> Float[Tensor, "b l"]:
     """Scores by the named policy: float32 and outside the graph, for selection has no gradient."""
     with torch.no_grad():
         return POLICIES[name](seen).detach().float()
+
+
+def asks_for(selection: str, field: str) -> bool:
+    """Whether the named policy needs a field of ``Observed`` that is on demand."""
+    return field in NEEDS.get(selection, ())
+
+
+# -- the learned predictor ------------------------------------------------------------------------
+
+
+def predicted(seen: Observed) -> Float[Tensor, "b l d"]:
+    """sum_j a_j * y_{t-j}, j = 1 .. k, channel by channel."""
+    joined, l = torch.cat([seen.past_y, seen.y], 1), seen.y.shape[1]
+    late = (joined[:, seen.taps - j : seen.taps - j + l] for j in range(1, seen.taps + 1))
+    return sum(a * y for a, y in zip(seen.predictor.unbind(1), late, strict=True))
+
+
+def predictor_loss(seen: Observed, valid: Bool[Tensor, "b l"] | None = None) -> Float[Tensor, ""]:
+    """Mean over channels of error energy by output energy, as a function of the weights a alone.
+
+    The outputs are constants here.  Each channel is measured by its own energy, so that gradients
+    are of order one whatever the scale of y; a's optimum is not moved by that.
+
+    Parameters
+    ----------
+    seen
+        With ``predictor``.
+    valid
+        Which columns hold a token (all, when None); the others do not count.
+    """
+    seen = replace(seen, y=seen.y.detach(), past_y=seen.past_y.detach())
+    error, energy = (_wide(x).square() for x in (seen.y - predicted(seen), seen.y))
+    if valid is not None:
+        error, energy = error * valid[..., None], energy * valid[..., None]
+    return (error.sum((0, 1)) / (energy.sum((0, 1)) + 1e-12)).mean()
+
+
+class _AlsoMinimise(torch.autograd.Function):
+    """x, whose backward pass also descends a loss: its gradient is 1, whatever x's is."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, ctx.one
+
+
+def also_minimise(x: Float[Tensor, "b l d"], loss: Float[Tensor, ""]) -> Float[Tensor, "b l d"]:
+    """x unchanged; who trains through it trains the loss's own parameters as well.
+
+    So no training loop has to know of the loss.  It reaches nothing but what it depends on.
+    """
+    return _AlsoMinimise.apply(x, loss)
+
+
+# -- accumulated attention ------------------------------------------------------------------------
+
+
+def received_attention(
+    q: Float[Tensor, "b l h p"],
+    k: Float[Tensor, "b l g p"],
+    past_k: Float[Tensor, "b r g p"],
+    past_valid: Bool[Tensor, "b r"],
+    valid: Bool[Tensor, "b l"] | None = None,
+) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b l"]]:
+    """What l queries give to the r = w - 1 tokens before them, and to their own tokens.
+
+    Mean over heads of the softmax over the window, summed over queries.  Queries are taken c at a
+    time (c = w, or l if that is less): their windows lie in c + w - 1 successive keys.
+
+    Parameters
+    ----------
+    q, k
+        Queries and keys of the new tokens.
+    past_k, past_valid
+        The keys before them, oldest first, and which of those exist.
+    valid
+        Which new columns hold a token (all, when None): the first few of each row.
+    """
+    b, l, (r, g) = q.shape[0], q.shape[1], past_k.shape[1:3]
+    w, c = r + 1, min(r + 1, l)
+    n = -(-l // c)  # blocks of c queries
+    more = n * c - l
+    keys = F.pad(torch.cat([past_k, k], 1), (0, 0, 0, 0, 0, more)).unfold(1, c + r, c)
+    exists = F.pad(past_valid, (0, n * c), value=True).unfold(1, c + r, c)  # (b, n, c + r)
+    queries = F.pad(q, (0, 0, 0, 0, 0, more)).reshape(b, n, c, g, -1, q.shape[-1])
+    logits = torch.einsum("bnighp,bngpj->bnghij", queries, keys) * q.shape[-1] ** -0.5
+    ahead = torch.arange(c + r, device=q.device) - torch.arange(c, device=q.device)[:, None]
+    in_window = (ahead >= 0) & (ahead < w)  # query i sees keys i .. i + r of its block
+    visible = (in_window & exists[:, :, None])[:, :, None, None]
+    share = _wide(logits).masked_fill(~visible, float("-inf")).softmax(-1).mean((2, 3))
+    here = torch.ones(b, l, dtype=torch.bool, device=q.device) if valid is None else valid
+    given = (share * F.pad(here, (0, more)).reshape(b, n, c, 1)).sum(2)  # (b, n, c + r)
+    column = c * torch.arange(n, device=q.device)[:, None] + torch.arange(c + r, device=q.device)
+    total = given.new_zeros(b, n * c + r).index_add_(1, column.flatten(), given.flatten(1))
+    return total[:, :r], total[:, r : r + l]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 at least: sums of many squares need it."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _hash_uniform(position: Int[Tensor, "b l"], seed: int) -> Float[Tensor, "b l"]:

@@ -19,7 +19,7 @@ from torch import nn
 
 from bmojo_core.layers.mamba import Mamba
 
-UNDECAYED = ("A_log", "D", "bias")
+UNDECAYED = ("A_log", "D", "bias", "predictor")
 
 
 def parameter_groups(

@@ -46,12 +46,13 @@ def visible(c, t, scores):
     """Window, fading and eidetic positions that query t sees."""
     w, r = c.window, c.fading_stride
     window = list(range(max(0, t - w + 1), t + 1))
+    at_once = c.store_in_window and c.selection != "accumulated_attention"
     if c.memory_update == "token":  # Algorithm 1: fading y_{t-w}, memory updated before the query
-        newest, youngest = t - w, (t if c.store_in_window else t - w)
+        newest, youngest = t - w, (t if at_once else t - w)
     else:  # appendix B.2: memory summarises what is before the chunk
         begin = t // c.memory_chunk * c.memory_chunk
         newest = begin - 1
-        youngest = begin - 1 if c.store_in_window else begin - w
+        youngest = begin - 1 if at_once else begin - w
     fading = [newest - r * j for j in range(c.num_fading_tokens) if newest - r * j >= 0]
     return window, fading, remembered(scores, range(youngest + 1), c.num_eidetic_tokens)
 
@@ -95,7 +96,36 @@ def expected_output(layer, u, y, scores):
     return torch.stack(rows)
 
 
-def scores_of(c, y, keys, given_scores):
+def learned_scores(y, weights):
+    """|| y_t - sum_j a_j y_{t-j} ||^2 / d, token by token."""
+    past = torch.cat([torch.zeros(weights.shape[1], y.shape[1], dtype=y.dtype), y])
+    errors = []
+    for t in range(len(y)):
+        before = past[t : t + weights.shape[1]].flip(0)  # the latest first
+        errors.append(float((y[t] - (weights.T * before).sum(0)).square().mean()))
+    return errors
+
+
+def received_scores(c, queries, keys):
+    """What each token gets from the queries that have it in their window, mean over heads."""
+    total = [0.0] * len(keys)
+    keys = keys.repeat_interleave(c.num_heads // c.num_kv_heads, dim=1)
+    for t in range(len(keys)):
+        first = max(0, t - c.window + 1)
+        logits = torch.einsum("hp,shp->hs", queries[t], keys[first : t + 1]) / c.head_dim**0.5
+        for s, share in enumerate(logits.softmax(-1).mean(0).tolist(), start=first):
+            total[s] += share
+    return total
+
+
+def scores_of(layer, y, queries, keys, given_scores):
+    c = layer.config
+    if c.num_eidetic_tokens == 0:
+        return [0.0] * len(y)
+    if c.selection == "learned_predictor":
+        return learned_scores(y, layer.predictor)
+    if c.selection == "accumulated_attention":
+        return received_scores(c, queries, keys)
     if c.selection == "innovation":
         return innovation(y, c.innovation_taps)
     if c.selection == "recency":
@@ -152,8 +182,9 @@ def test_every_query_attends_to_what_the_specification_says(changes, length, see
     with torch.no_grad():
         got = run(layer, u, y, given_scores)
         keys = layer.projections.keys_values(layer._content(u, None, None)[0], positions(u))[0]
+        queries = layer.projections.queries(u, positions(u))
         for i in range(2):
-            scores = scores_of(layer.config, y[i], keys[i], given_scores[i])
+            scores = scores_of(layer, y[i], queries[i], keys[i], given_scores[i])
             want = expected_output(layer, u[i], y[i], scores)
             torch.testing.assert_close(got[i], want, rtol=1e-10, atol=1e-10)
 
