@@ -121,6 +121,8 @@ def _configuration(
     fields = old.to_dict()
     for derived in {"memory_chunk"} | (allowed & {"ssm_intermediate_size", "dt_rank", "head_dim"}):
         fields.pop(derived)
+    if "num_heads" in changes:
+        fields.pop("num_kv_heads")  # as many as heads, unless given
     added = {
         "window": old.window if window is None else window, "memory_gates": replaced == ATTENTION,
         "memory_projections": "separate", "store_in_window": False,

@@ -70,6 +70,16 @@ def test_what_is_new_and_what_is_kept():
     assert attention.q_proj.weight.abs().min() > 0  # a copy
 
 
+def test_new_heads_share_no_keys_unless_asked_to():
+    mamba = converted("mamba")
+    assert upgrade(mamba, window=4, num_heads=3).config.num_kv_heads == 3
+    assert upgrade(mamba, window=4, num_heads=3, num_kv_heads=1).config.num_kv_heads == 1
+    idle = from_hf(peers.build("jamba", num_hidden_layers=1))  # heads configured, none in use
+    assert idle.config.layer_types == ["mamba", "feedforward"]
+    assert upgrade(idle, window=4).config.num_kv_heads == idle.config.num_kv_heads == 2
+    assert upgrade(idle, window=4, num_heads=5).config.num_kv_heads == 5
+
+
 def test_the_seed_decides_the_new_weights_and_nothing_else():
     model = converted("mistral, window within the text")
     torch.manual_seed(5)
