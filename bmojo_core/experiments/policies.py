@@ -20,8 +20,8 @@ from bmojo_core.experiments.packed import Job
 from bmojo_core.experiments.sweep import mixers, repeats
 
 RULES = (
-    "innovation", "normalized_innovation", "learned_predictor", "random", "recency",
-    "key_diversity", "accumulated_attention", "oracle",
+    "innovation", "learned_predictor", "accumulated_attention", "key_diversity", "random", "oracle",
+    "normalized_innovation", "recency",
 )  # fmt: skip
 
 
@@ -39,19 +39,19 @@ class Size:
     seeds: tuple[int, ...]
 
 
-FEW = {"seq_len": 32, "pairs": [2, 4], "examples": 4000, "held_out": 256}
+FEW = {"seq_len": 32, "pairs": [2, 4], "examples": 4000, "held_out": 128}
 MANY = {"seq_len": 256, "pairs": [4, 8, 16, 32, 64]}
 CPU = Size(
     tasks={
-        "random": {**FEW, "filler": "random", "vocab_size": 128},  # filler seldom looks like a key
         "zeros": {**FEW, "vocab_size": 32},
+        "random": {**FEW, "filler": "random", "vocab_size": 128},  # filler seldom looks like a key
     },
     blocks=1,
     model={
         "hidden_size": 32, "num_heads": 2, "window": 4, "num_fading_tokens": 1,
         "num_eidetic_tokens": 8, "state_size": 4,
     },
-    rates=(1e-2,), steps=400, batch=32, warmup=0.3, seeds=(1, 2),
+    rates=(1e-2,), steps=300, batch=32, warmup=0.3, seeds=(1, 2),
 )  # fmt: skip
 GPU = Size(
     tasks={"random": {**MANY, "filler": "random"}, "zeros": {**MANY, "filler": "zeros"}},
@@ -71,7 +71,7 @@ def job(name: str, filler: str, rule: str, lr: float, seed: int = 0) -> Job:
     sizes = mixers("bmojo", size.blocks, **size.model, selection=rule)
     tags = {"size": name, "filler": filler, "rule": rule, "lr": lr, "seed": seed}
     return Job("bmojo", sizes, size.tasks[filler], steps=size.steps, batch=size.batch, lr=lr,
-               warmup=size.warmup, seed=seed, evaluate_every=size.steps // 8, stop_at=2.0,
+               warmup=size.warmup, seed=seed, evaluate_every=size.steps // 6, stop_at=2.0,
                tags=tags)  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.evaluation import accuracy_per_example, recall_accuracy
-from bmojo_core.experiments import external, figure2, harder, table3, wiring
+from bmojo_core.experiments import external, figure2, harder, policies, table3, wiring
 from bmojo_core.experiments.command import collect
 from bmojo_core.experiments.packed import Job, _Running, build, load_records, run_jobs, state_bytes
 from bmojo_core.experiments.recall_data import make_pool
@@ -150,7 +150,7 @@ def test_figure_2_widens_the_grid_while_the_best_rate_is_at_its_edge(tmp_path):
     assert record(0.027, 0.5) == [0.081, 0.027]
 
 
-SWEEPS = (table3, harder, external)
+SWEEPS = (table3, policies, harder, external)
 
 
 @pytest.mark.parametrize("sweep", SWEEPS, ids=lambda sweep: sweep.__name__.rsplit(".", 1)[-1])
