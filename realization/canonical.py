@@ -29,9 +29,12 @@ from realization.decoupling import (
     ROUNDING,
     Block,
     IllConditionedWarning,
+    are_unreached,
+    attempts,
     decouple,
     is_pair,
     orthogonal_split,
+    reached_states,
     unreachable_rows,
 )
 from realization.reduction import balancing_projection, gramian_factor, require_stable
@@ -154,7 +157,12 @@ def _controllable(sys: StateSpace, property_name: str, port: str) -> tuple[State
 
 def _unreachable(sys: StateSpace) -> Array:
     """Rows that no input reaches, shape (unreachable, n)."""
-    return np.vstack(unreachable_rows(decouple(sys.A), sys.A, sys.B, ROUNDING))
+    reached = reached_states(sys.A, sys.B)
+    for blocks, small in attempts(sys.A, ROUNDING):
+        rows = unreachable_rows(blocks, sys.A, sys.B, small)
+        if are_unreached(rows, reached, ROUNDING):
+            return np.vstack(rows)
+    return np.zeros((0, sys.n))
 
 
 def _companion_structure(

@@ -30,11 +30,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import lapack, schur, solve_sylvester
 
-from realization.systems import Array
+from realization.systems import Array, reachability_matrix
 
 EPS = float(np.finfo(np.float64).eps)
-# Relative perturbation of (A, B, C) that counts as rounding: nine units in the last place.
-ROUNDING = 2e-15
+# Relative perturbation of (A, B, C) that counts as rounding: some hundred units in the last place,
+# because a change of basis leaves its condition number of units behind.
+ROUNDING = 1e-13
 # A split is kept while a rounding error turns the split space by less than about this angle.
 LARGEST_ANGLE = 1e-4
 
@@ -87,6 +88,16 @@ def is_pair(A: Array) -> NDArray[np.bool_]:
     """
     smaller = np.minimum(np.abs(np.diag(A, -1)), np.abs(np.diag(A, 1)))
     return smaller > EPS / LARGEST_ANGLE * np.linalg.norm(A)
+
+
+def attempts(A: Array, tol: float) -> list[tuple[list[Block], float]]:
+    """Splits of A, each with a perturbation that counts as zero, most willing to drop first.
+
+    The last is all eigenvalues in one group: it needs no eigenvalue to be right.
+    """
+    split, identity = decouple(A), np.eye(len(A))
+    whole = [Block(A, identity, identity, np.linalg.eigvals(A).astype(np.complex128))]
+    return [*((split, tol * 10.0**-k) for k in range(4)), (whole, tol / 100)]
 
 
 def decouple(A: Array) -> list[Block]:
@@ -246,6 +257,25 @@ def unreachable_rows(blocks: list[Block], A: Array, B: Array, tol: float) -> lis
         if i not in rows:
             rows[i] = _unreachable_within(block, A, B, noise[i], tol)
     return [rows[i] for i in range(len(blocks))]
+
+
+def are_unreached(rows: list[Array], reached: Array, tol: float) -> bool:
+    """True when half the digits see nothing of the `reached_states` in the space of `rows`.
+
+    The bounds on the modes are of first order. Where eigenvalues are so ill-conditioned that the
+    bounds exclude nothing, every mode would count as lost; what inputs do reach says otherwise.
+    """
+    U = np.linalg.qr(np.vstack(rows).T)[0].T
+    sight = np.linalg.norm(U @ reached, axis=(1, 2)).max(initial=0.0)
+    return bool(sight <= np.sqrt(max(tol, ROUNDING)))
+
+
+def reached_states(A: Array, B: Array) -> Array:
+    """B, A B, .., A^{n-1} B, shape (n, n, m), each divided by the largest norm up to it."""
+    rho = max(1.0, float(np.abs(np.linalg.eigvals(A)).max()))  # keeps the powers finite
+    R = np.stack(np.split(reachability_matrix(A / rho, B, len(A)), len(A), axis=1))
+    size = np.maximum.accumulate(np.linalg.norm(R, axis=(1, 2)))
+    return R / np.maximum(size, np.finfo(float).tiny)[:, None, None]
 
 
 def _unit_rows(L: Array) -> Array:

@@ -17,7 +17,16 @@ from __future__ import annotations
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from realization.decoupling import ROUNDING, Block, decouple, orthogonal_split, unreachable_rows
+from realization.decoupling import (
+    ROUNDING,
+    Block,
+    are_unreached,
+    attempts,
+    decouple,
+    orthogonal_split,
+    reached_states,
+    unreachable_rows,
+)
 from realization.systems import Array, StateSpace, reachability_matrix
 
 
@@ -33,7 +42,7 @@ def minimal(sys: StateSpace, tol: float | None = None) -> StateSpace:
     ----------
     sys : StateSpace
     tol : float, optional
-        0 < tol < 1; 2e-15, rounding errors, when left out. When the entries of A, B, C are known to
+        0 < tol < 1; 1e-13, rounding errors, when left out. When the entries of A, B, C are known to
         d digits only, 10**-d.
 
     Returns
@@ -50,11 +59,18 @@ def minimal(sys: StateSpace, tol: float | None = None) -> StateSpace:
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}")
     A = sys.A
-    blocks = decouple(A)
-    # What no output sees is what no input reaches in the transposed system. Both decisions are
-    # taken here, where A, B, C still have nothing but rounding errors.
-    unreached = unreachable_rows(blocks, A, sys.B, tol)
-    unseen = unreachable_rows([b.dual() for b in blocks], A.T, sys.C.T, tol)
+    if sys.n == 0:
+        return sys
+    reached, heard = reached_states(A, sys.B), reached_states(A.T, sys.C.T)
+    for blocks, small in attempts(A, tol):
+        # What no output sees is what no input reaches in the transposed system. Both decisions are
+        # taken here, where A, B, C still have nothing but rounding errors.
+        unreached = unreachable_rows(blocks, A, sys.B, small)
+        unseen = unreachable_rows([b.dual() for b in blocks], A.T, sys.C.T, small)
+        if are_unreached(unreached, reached, tol) and are_unreached(unseen, heard, tol):
+            break
+    else:
+        return sys
     unseen = [_orthogonal_to(hidden, lost) for hidden, lost in zip(unseen, unreached)]
     if any(map(len, unreached)):
         T, r = orthogonal_split(A, np.vstack(unreached))

@@ -57,14 +57,17 @@ def gramian_factor(A: Array, B: Array) -> Array:
         Lower-triangular once it has n columns.
     """
     S, power = B, A
-    while True:
+    for _ in range(64):
         tail = power @ S
         S = np.hstack([S, tail])
         if S.shape[1] > S.shape[0]:
             S = np.linalg.qr(S.T, mode="r").T
         if np.linalg.norm(tail) <= EPS * np.linalg.norm(S):
             return S
+        if not np.isfinite(power).all():
+            break
         power = power @ power
+    raise ValueError("sys must be stable: the powers of A do not decay in double precision")
 
 
 def reachability_gramian(sys: StateSpace) -> Array:
@@ -161,8 +164,9 @@ def balancing_projection(S: Array, R: Array, order: int) -> tuple[Array, Array, 
     available = int((sigma > S.shape[0] * EPS * sigma.max(initial=0.0)).sum())
     if order > available:
         raise ValueError(
-            f"order must be at most {available}, the number of nonzero Hankel singular values, "
-            f"got {order}; minimal(sys) removes states that are not reached or not seen"
+            f"sys must have at least {order} Hankel singular values above rounding errors to keep "
+            f"{order} states, got {available}; keep fewer, or use minimal(sys), which removes "
+            "states that are not reached or not seen"
         )
     scale = 1 / np.sqrt(sigma[:order])
     L = scale[:, None] * (U[:, :order].T @ R.T)

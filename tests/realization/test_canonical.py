@@ -236,7 +236,7 @@ def test_what_a_form_cannot_do_is_refused():
         (lambda: observable_form(unreachable.dual()), "must be observable.*no output"),
         (lambda: controllable_form(empty), "n >= 1"),
         (lambda: balanced_form(unstable), "must be stable"),
-        (lambda: balanced_form(unreachable), "order must be at most 1"),
+        (lambda: balanced_form(unreachable), "at least 2 Hankel singular values"),
     ]:
         with pytest.raises(ValueError, match=word):
             call()

@@ -15,7 +15,15 @@ from random_systems import (
     systems,
 )
 
-from realization import StateSpace, minimal, parallel, series, similarity
+from realization import (
+    StateSpace,
+    controllable_form,
+    minimal,
+    parallel,
+    series,
+    similarity,
+    staircase_form,
+)
 from realization.decoupling import _decouple_by_schur, decouple
 
 
@@ -119,6 +127,29 @@ def test_shift_registers_keep_exactly_the_delay():
     sys = StateSpace(A, np.eye(40)[:, [20]], np.eye(40)[[3]], [[0.0]])
     assert minimal(sys).n == 18
     assert minimal(sys.transform(change_of_basis(np.random.default_rng(0), 40, 10.0))).n == 18
+
+
+@pytest.mark.parametrize("order", [24, 30, 40])
+def test_companion_forms_whose_eigenvalues_mean_nothing_are_minimal(order):
+    """1 / prod(z - p_i) with close poles p_i: rounding spoils the poles, and the form is robust."""
+    A = np.diag(np.ones(order - 1), 1)
+    A[-1] = -np.poly(np.linspace(-0.9, 0.9, order))[:0:-1]
+    sys = StateSpace(A, np.eye(order)[:, -1:], np.eye(order)[:1])
+    assert minimal(sys) is sys
+    assert staircase_form(sys)[0].B[1:].any() == 0  # one chain of full length
+    assert np.abs(controllable_form(sys)[0].A - A).max() < 1e-10
+
+
+def test_a_hidden_pair_is_seen_in_a_small_system_in_a_bad_basis():
+    """A change of basis of condition 1e4 leaves more than one unit in the last place behind."""
+    kept = 0
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        A = np.zeros((3, 3))
+        A[:1, :1], A[1:, 1:] = random_modes(rng, 1), random_modes(rng, 2, 0.97)
+        sys = StateSpace(A, rng.standard_normal((3, 1)), [[rng.standard_normal(), 0.0, 0.0]])
+        kept += minimal(sys.transform(change_of_basis(rng, 3, 1e4))).n > 1
+    assert kept <= 1
 
 
 def test_tol_is_a_relative_perturbation_of_the_data():
