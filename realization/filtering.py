@@ -244,16 +244,40 @@ def steady_state_gain(model: StochasticModel) -> tuple[Array, Array, Array]:
         closed = np.abs(np.linalg.eigvals(A - model.K @ C)).max(initial=0.0)
         if closed < 1:  # the state is a function of the past outputs: nothing left to predict
             return model.K, model.Lambda, np.zeros((n, n))
+    # Units of state and output in which the noises and what they excite are of size 1: the solver's
+    # thresholds know of no others.
+    x, y = _natural_units(model)
+    a, c, q, r, s = A * x / x[:, None], C * x / y[:, None], *_scaled_noises(model, x, y)
     try:
-        P = scipy.linalg.solve_discrete_are(A.T, C.T, model.Q, model.R, s=model.S)
+        P = scipy.linalg.solve_discrete_are(a.T, c.T, q, r, s=s)
     except (np.linalg.LinAlgError, ValueError) as error:
         raise ValueError(
             "model must be detectable, with R positive definite and no noise-free mode on the unit "
             "circle: the Riccati equation has no stabilizing solution"
         ) from error
-    F = symmetric_part(C @ P @ C.T + model.R)
-    K = np.linalg.solve(F, (A @ P @ C.T + model.S).T).T
-    return K, F, symmetric_part(P)
+    F = symmetric_part(c @ P @ c.T + r)
+    K = np.linalg.solve(F, (a @ P @ c.T + s).T).T
+    return K * x[:, None] / y, F * np.outer(y, y), symmetric_part(P) * np.outer(x, x)
+
+
+def _natural_units(model: StochasticModel) -> tuple[Array, Array]:
+    """Standard deviations of the states that n steps of noise excite, and of their outputs.
+
+    A state that no noise excites gets a unit from the size of what it does to the outputs.
+    """
+    A, C, n = model.A, model.C, model.n
+    W = model.Q
+    for _ in range(n):
+        W = model.Q + A @ W @ A.T / max(1.0, float(np.linalg.norm(A, 2))) ** 2
+    x, y = np.sqrt(np.abs(np.diag(W))), np.sqrt(np.abs(np.diag(C @ W @ C.T + model.R)))
+    y = np.where(y > 0, y, 1.0)
+    loudness = np.linalg.norm(C / y[:, None], axis=0)
+    idle = np.divide(1.0, loudness, out=np.ones(n), where=loudness > 0)
+    return np.where(x > 0, x, idle), y
+
+
+def _scaled_noises(model: StochasticModel, x: Array, y: Array) -> tuple[Array, Array, Array]:
+    return model.Q / np.outer(x, x), model.R / np.outer(y, y), model.S / np.outer(x, y)
 
 
 def innovation_form(model: StochasticModel) -> InnovationModel:
@@ -377,22 +401,34 @@ def _diffuse_start(
 ) -> tuple[list[Stretch], Array, Array, float]:
     """Run from a fixed x_0 until the outputs determine it, then continue from its posterior."""
     n = model.n
-    for steps in range(1, len(y)):
-        head, P = gain_schedule(step, model, np.zeros((n, n)), seen[:steps])
-        x, e, _ = _run(model, head, y, u, np.zeros(n))
-        r, N = _information(model, head, e)
-        if n == 0 or 1 / np.linalg.cond(N) > OBSERVABLE:
-            break
-    else:
-        raise ValueError("x0='diffuse' needs outputs that determine the state; these never do")
-    Phi = np.eye(n)
-    for s in head:
-        Phi = np.linalg.matrix_power(model.A - s.K @ model.C, s.stop - s.start) @ Phi
+    schedule, P = gain_schedule(step, model, np.zeros((n, n)), seen)
+    if n == 0:
+        return schedule, np.zeros(0), P, 0.0
+    Phi, N, steps = np.eye(n), np.zeros((n, n)), 0
+    for s in schedule:  # the information on x_0 grows until it determines x_0
+        closed, WC = model.A - s.K @ model.C, s.W @ model.C
+        while steps < s.stop and not _is_definite(N):
+            scores = WC @ Phi
+            N, Phi, steps = N + scores.T @ scores, closed @ Phi, steps + 1
+    if steps == len(y):
+        raise ValueError(
+            "x0='diffuse' needs outputs that determine the state before the record ends; these "
+            f"{steps} do not"
+        )
+    head, P = gain_schedule(step, model, np.zeros((n, n)), seen[:steps])
+    x, e, _ = _run(model, head, y, u, np.zeros(n))
+    r, N = _information(model, head, e)
     x_0 = np.linalg.solve(N, r)
     loglik = _loglik(head, e) + 0.5 * float(r @ x_0) - 0.5 * np.linalg.slogdet(N)[1]
     P = symmetric_part(P + Phi @ np.linalg.solve(N, Phi.T))
     tail, P = gain_schedule(step, model, P, seen, start=steps)
     return tail, x[-1] + Phi @ x_0, P, float(loglik)
+
+
+def _is_definite(N: Array) -> bool:
+    """True when N is far from singular, in the units in which its diagonal is 1."""
+    size = np.sqrt(np.diag(N))
+    return bool(size.all() and 1 / np.linalg.cond(N / np.outer(size, size)) > OBSERVABLE)
 
 
 # --- putting the result together ------------------------------------------------------------------

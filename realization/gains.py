@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 import scipy.linalg
 
-from realization.models import Mask, StochasticModel, covariance_factor
+from realization.models import Mask, StochasticModel
 from realization.systems import Array
 
 CONVERGED = 1e-14  # what P_t may still move, relative to |P| + |Q|, when a stretch starts
@@ -76,7 +76,7 @@ def square_root_step(
     p = int(seen.sum())
     noise = np.block([[model.R, model.S.T], [model.S, model.Q]])
     keep = np.concatenate([seen, np.ones(model.n, bool)])
-    N = covariance_factor(noise[np.ix_(keep, keep)])
+    N = pivoted_root(noise[np.ix_(keep, keep)])
     array = np.hstack([np.vstack([model.C[seen] @ P_root, model.A @ P_root]), N])
     lower = np.linalg.qr(array.T, mode="r").T
     F_root = lower[:p, :p] * np.sign(np.diag(lower)[:p])
@@ -85,6 +85,25 @@ def square_root_step(
     W = inverse_lower(F_root)
     K = (lower[p:, :p] * np.sign(np.diag(lower)[:p])) @ W
     return _scatter(K, seen), _scatter(_scatter(W, seen).T, seen).T, lower[p:, p:]
+
+
+def pivoted_root(M: Array) -> Array:
+    """N with N N' = M, for M positive semidefinite; shape of M.
+
+    Cholesky's factor, largest remaining variance first. An eigenvector would mix entries in
+    different units, and the small ones would drown in the rounding errors of the large ones.
+    """
+    rest, N = M.copy(), np.zeros_like(M)
+    floor = len(M) * EPS * np.diag(M)
+    for k in range(len(M)):
+        left = np.where(np.diag(rest) > floor, np.diag(rest), 0.0)
+        i = int(left.argmax())
+        if left[i] <= 0:
+            break
+        N[:, k] = rest[:, i] / np.sqrt(rest[i, i])
+        rest -= np.outer(N[:, k], N[:, k])
+        rest[i], rest[:, i] = 0.0, 0.0
+    return N
 
 
 def inverse_lower(L: Array) -> Array:
@@ -109,7 +128,7 @@ def gain_schedule(
     """Stretches that cover start .. T-1, and the covariance after the last step."""
     T = len(seen)
     rooted = step is square_root_step
-    carried = covariance_factor(P) if rooted else P
+    carried = pivoted_root(P) if rooted else P
     # Runs of one pattern of missing entries; inside a run the covariance converges.
     changes = (seen[start + 1 :] != seen[start:-1]).any(axis=1)
     edges = (1 + start + np.flatnonzero(changes)).tolist()

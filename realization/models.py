@@ -29,7 +29,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import ArrayLike, NDArray
 
 from realization.systems import (
@@ -278,7 +277,14 @@ def state_covariance(model: StochasticModel) -> Array:
     radius = np.abs(np.linalg.eigvals(model.A)).max()
     if radius >= 1:
         raise ValueError(f"A must be stable, its spectral radius is {radius:.6g}")
-    return symmetric_part(scipy.linalg.solve_discrete_lyapunov(model.A, model.Q))
+    P, power = model.Q, model.A
+    for _ in range(64):  # doubling: P holds 2^k terms of sum_j A^j Q A'^j, power is A^(2^k)
+        step = power @ P @ power.T
+        P, power = symmetric_part(P + step), power @ power
+        size = np.sqrt(np.diag(P))
+        if (np.abs(step) <= np.finfo(float).eps * np.outer(size, size)).all():
+            return P
+    raise ValueError(f"A must be stable: its powers do not decay (spectral radius {radius:.6g})")
 
 
 def covariance_parameters(model: StochasticModel) -> tuple[Array, Array, Array, Array]:

@@ -264,15 +264,20 @@ def stochastic_realization(
         [P_min, P_max]; for n > 1 they are a convex subset of it that touches both ends.
     """
     A, C, G, L0 = _checked_realization(A, C, G, L0)
+    P = as_real_array("P", P, 2)
     M = positive_real_matrix(A, C, G, L0, P)
     n = len(A)
+    # In the units of P and L0: eigenvalues mean nothing for entries that others dwarf.
+    size = np.sqrt(np.maximum(np.r_[np.diag(P), np.diag(L0)], 0))
+    size[size == 0] = 1.0
+    M = M / np.outer(size, size)
     values, vectors = np.linalg.eigh(M)
     if values[0] < -1e-8 * values[-1]:
         raise ValueError(
             "P must satisfy M(P) >= 0 (the positive-real lemma); the smallest eigenvalue of M(P) "
-            f"is {values[0]:.3g}"
+            f"is {values[0]:.3g} in units in which P and L0 have unit diagonals"
         )
-    M = symmetric_part((vectors * np.clip(values, 0, None)) @ vectors.T)
+    M = symmetric_part((vectors * np.clip(values, 0, None)) @ vectors.T) * np.outer(size, size)
     return StochasticRealization(A, C, Q=M[:n, :n], R=M[n:, n:], S=M[:n, n:])
 
 

@@ -170,7 +170,7 @@ def test_unobserved_directions_of_the_first_state_stay_zero_and_diffuse_refuses_
     model = StochasticRealization(*arrays(np.diag([0.5, 0.8]), [[1, 0]], np.eye(2), [[1]]))
     y = model.simulate(30, 0)
     assert abs(kalman_filter(model, y, x0="estimate").x0[1]) < 1e-12
-    with pytest.raises(ValueError, match="never do"):
+    with pytest.raises(ValueError, match="do not"):
         kalman_filter(model, y, x0="diffuse")
 
 
@@ -369,3 +369,46 @@ noiseless = InnovationModel(*arrays([[0.5]], [[0]], [[1]], [[0]]))
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- units ----------------------------------------------------------------------------------------
+
+
+def in_units(model, x, y):
+    """The model whose states are measured in 1/x and whose outputs in 1/y."""
+    return StochasticRealization(
+        model.A * x[:, None] / x,
+        model.C * y[:, None] / x,
+        model.Q * np.outer(x, x),
+        model.R * np.outer(y, y),
+        model.S * np.outer(x, y),
+    )
+
+
+@pytest.mark.parametrize("state", [1e-8, 1.0, 1e8])
+@pytest.mark.parametrize("output", [1e-12, 1.0, 1e12])
+def test_gains_do_not_depend_on_units(state, output):
+    for seed in range(5):
+        model = random_realization(seed, 5, 2, 0, 0.95, False)
+        x, y = np.array([state, 1, 1, state, 1]), np.array([output, 1.0])
+        other = in_units(model, x, y)
+        K, F, P = steady_state_gain(model)
+        K2, F2, P2 = steady_state_gain(other)
+        assert np.allclose(K2 / x[:, None] * y, K, rtol=1e-6, atol=1e-8 * np.abs(K).max())
+        assert np.allclose(F2 / np.outer(y, y), F, rtol=1e-8)
+        assert np.allclose(P2 / np.outer(x, x), P, rtol=1e-6, atol=1e-8 * np.abs(P).max())
+        record = model.simulate(40, seed)
+        expected = square_root_filter(model, record).innovations
+        found = square_root_filter(other, record * y).innovations / y
+        assert np.allclose(found, expected, rtol=1e-7, atol=1e-8)
+
+
+def test_diffuse_start_waits_for_data_in_one_pass():
+    turn = [[0.0, 1.0], [-1.0, 0.0]]
+    model = StochasticRealization(turn, [[1.0, 0.0]], 0.01 * np.eye(2), [[1.0]])
+    y = model.simulate(3000, 0)
+    y[:2500] = np.nan
+    innovations = kalman_filter(model, y, x0="diffuse").innovations
+    assert np.isnan(innovations[:2502]).all() and np.isfinite(innovations[2502:]).all()
+    with pytest.raises(ValueError, match="before the record ends"):
+        kalman_filter(model, y[:2502], x0="diffuse")
