@@ -33,6 +33,14 @@ def check_rank(name: str, tensor: Tensor, axes: str) -> tuple[int, ...]:
     return tuple(tensor.shape)
 
 
+def widened(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Tensors in `dtype`; those that are, or are absent, go through untouched.
+
+    `Tensor.to` costs microseconds even where nothing is to do, and a decoded token asks for thirty.
+    """
+    return tuple(t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
+
+
 def check_shape(name: str, tensor: Tensor | None, expected: Mapping[str, int]) -> None:
     """Check that `tensor`, when given, is floating point with exactly the `expected` axes.
 
@@ -44,7 +52,7 @@ def check_shape(name: str, tensor: Tensor | None, expected: Mapping[str, int]) -
     if tensor is None:
         return
     check_floating(name, tensor)
-    if tuple(tensor.shape) != tuple(expected.values()):
+    if tensor.shape != tuple(expected.values()):
         allowed = ", ".join(f"{axis}={size}" for axis, size in expected.items())
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected ({allowed})")
 
@@ -74,13 +82,12 @@ def check_companions(name: str, leader: Tensor, companions: Mapping[str, Tensor 
     ValueError
         If devices differ, or a companion is float64 and `leader` is not.
     """
+    device = leader.device
     for other, tensor in companions.items():
         if tensor is None:
             continue
-        if tensor.device != leader.device:
-            raise ValueError(
-                f"{other} is on {tensor.device}; expected {leader.device}, where {name} is"
-            )
+        if tensor.device != device:
+            raise ValueError(f"{other} is on {tensor.device}; expected {device}, where {name} is")
         if tensor.dtype == torch.float64 and leader.dtype != torch.float64:
             raise ValueError(
                 f"{other} is float64 but {name} is {leader.dtype}; convert {other}, "

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops._checks import compute_dtype, widened
 
 
 def causal_conv1d_step(
@@ -23,14 +23,14 @@ def causal_conv1d_step(
 ) -> Float[Tensor, "b 1 d"]:
     """Output in the dtype of `x`; see `causal_conv1d` for the arguments."""
     dtype = compute_dtype(x)
-    taps = weight.to(dtype)
-    if initial_state is None:  # the inputs before the first are zero
-        y = x.to(dtype) * taps[:, -1]
+    out_dtype = x.dtype
+    x, taps, bias, past = widened(dtype, x, weight, bias, initial_state)
+    if past is None:  # the inputs before the first are zero
+        y = x * taps[:, -1]
     else:
-        inputs = torch.cat([initial_state.to(dtype), x.to(dtype)], dim=1)
-        y = torch.linalg.vecdot(inputs, taps.mT, dim=1).unsqueeze(1)
+        y = (torch.cat([past, x], dim=1) * taps.mT).sum(1, keepdim=True)
     if bias is not None:
-        y = y + bias.to(dtype)
+        y = y + bias
     if activation == "silu":
         y = F.silu(y)
-    return y.to(x.dtype)
+    return y.to(out_dtype)

@@ -6,10 +6,11 @@ Decoding on a CPU reads one token at a time; a pass a tap would cost more than t
 device, differentiable by autograd. y (b, 1, d); w (taps,); past (b, taps, d), oldest first.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops._checks import compute_dtype, widened
 
 
 def innovation_step(
@@ -18,10 +19,9 @@ def innovation_step(
     past: Float[Tensor, "b taps d"] | None,
 ) -> Float[Tensor, "b 1"]:
     """See ``bmojo_core.ops.innovation``; without weights the prediction is the plain mean."""
-    dtype = compute_dtype(y)
-    error = y.to(dtype)
+    error, weights, past = widened(compute_dtype(y), y, weights, past)
     if past is not None and weights is None:
-        error = error - past.to(dtype).mean(dim=1, keepdim=True)
+        error = error - past.mean(dim=1, keepdim=True)
     elif past is not None:
-        error = error - weights.to(dtype).flip(0)[None] @ past.to(dtype)
-    return error.square().mean(dim=-1)
+        error = error - weights.flip(0)[None] @ past
+    return torch.linalg.vecdot(error, error) / error.shape[-1]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops._checks import compute_dtype, widened
 from bmojo_core.ops.selective_scan.reference import step_size
 
 
@@ -29,15 +29,15 @@ def selective_scan_step(
 ) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b d n"]]:
     """Output in the dtype of `u`, and next state; see `selective_scan` for the arguments."""
     dtype = compute_dtype(u)
-    u_wide = u.to(dtype)
-    delta = step_size(delta.to(dtype), delta_bias, delta_softplus)
-    x = (delta * u_wide).mT * B.to(dtype)  # (b, d, 1) times (b, 1, n)
-    if initial_state is not None:
-        decay = torch.exp(delta.mT * A.to(dtype))
-        x = torch.addcmul(x, decay, initial_state.to(dtype))
-    y = C.to(dtype) @ x.mT
+    out_dtype = u.dtype
+    u, delta, A, B, C, D, z, x_0 = widened(dtype, u, delta, A, B, C, D, z, initial_state)
+    delta = step_size(delta, delta_bias, delta_softplus)
+    x = (delta * u).mT * B  # (b, d, 1) times (b, 1, n)
+    if x_0 is not None:
+        x = torch.addcmul(x, torch.exp(delta.mT * A), x_0)
+    y = C @ x.mT
     if D is not None:
-        y = torch.addcmul(y, u_wide, D.to(dtype))
+        y = torch.addcmul(y, u, D)
     if z is not None:
-        y = y * F.silu(z.to(dtype))
-    return y.to(u.dtype), x
+        y = y * F.silu(z)
+    return y.to(out_dtype), x
