@@ -36,7 +36,9 @@ from realization.gains import (
     Stretch,
     gain_schedule,
     inverse_lower,
+    natural_units,
     riccati_step,
+    scaled_noises,
     square_root_step,
 )
 from realization.models import (
@@ -246,8 +248,8 @@ def steady_state_gain(model: StochasticModel) -> tuple[Array, Array, Array]:
             return model.K, model.Lambda, np.zeros((n, n))
     # Units of state and output in which the noises and what they excite are of size 1: the solver's
     # thresholds know of no others.
-    x, y = _natural_units(model)
-    a, c, q, r, s = A * x / x[:, None], C * x / y[:, None], *_scaled_noises(model, x, y)
+    x, y = natural_units(model)
+    a, c, q, r, s = A * x / x[:, None], C * x / y[:, None], *scaled_noises(model, x, y)
     try:
         P = scipy.linalg.solve_discrete_are(a.T, c.T, q, r, s=s)
     except (np.linalg.LinAlgError, ValueError) as error:
@@ -258,26 +260,6 @@ def steady_state_gain(model: StochasticModel) -> tuple[Array, Array, Array]:
     F = symmetric_part(c @ P @ c.T + r)
     K = np.linalg.solve(F, (a @ P @ c.T + s).T).T
     return K * x[:, None] / y, F * np.outer(y, y), symmetric_part(P) * np.outer(x, x)
-
-
-def _natural_units(model: StochasticModel) -> tuple[Array, Array]:
-    """Standard deviations of the states that n steps of noise excite, and of their outputs.
-
-    A state that no noise excites gets a unit from the size of what it does to the outputs.
-    """
-    A, C, n = model.A, model.C, model.n
-    W = model.Q
-    for _ in range(n):
-        W = model.Q + A @ W @ A.T / max(1.0, float(np.linalg.norm(A, 2))) ** 2
-    x, y = np.sqrt(np.abs(np.diag(W))), np.sqrt(np.abs(np.diag(C @ W @ C.T + model.R)))
-    y = np.where(y > 0, y, 1.0)
-    loudness = np.linalg.norm(C / y[:, None], axis=0)
-    idle = np.divide(1.0, loudness, out=np.ones(n), where=loudness > 0)
-    return np.where(x > 0, x, idle), y
-
-
-def _scaled_noises(model: StochasticModel, x: Array, y: Array) -> tuple[Array, Array, Array]:
-    return model.Q / np.outer(x, x), model.R / np.outer(y, y), model.S / np.outer(x, y)
 
 
 def innovation_form(model: StochasticModel) -> InnovationModel:

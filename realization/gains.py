@@ -106,6 +106,27 @@ def pivoted_root(M: Array) -> Array:
     return N
 
 
+def natural_units(model: StochasticModel) -> tuple[Array, Array]:
+    """Standard deviations of the states that n steps of noise excite, and of their outputs.
+
+    A state that no noise excites gets a unit from the size of what it does to the outputs.
+    """
+    A, C, n = model.A, model.C, model.n
+    W = model.Q
+    for _ in range(n):
+        W = model.Q + A @ W @ A.T / max(1.0, float(np.linalg.norm(A, 2))) ** 2
+    x, y = np.sqrt(np.abs(np.diag(W))), np.sqrt(np.abs(np.diag(C @ W @ C.T + model.R)))
+    y = np.where(y > 0, y, 1.0)
+    loudness = np.linalg.norm(C / y[:, None], axis=0)
+    idle = np.divide(1.0, loudness, out=np.ones(n), where=loudness > 0)
+    return np.where(x > 0, x, idle), y
+
+
+def scaled_noises(model: StochasticModel, x: Array, y: Array) -> tuple[Array, Array, Array]:
+    """Q, R, S with states in units x (n,) and outputs in units y (p,)."""
+    return model.Q / np.outer(x, x), model.R / np.outer(y, y), model.S / np.outer(x, y)
+
+
 def inverse_lower(L: Array) -> Array:
     """The inverse of a lower triangular matrix (n, n), which may be empty."""
     if L.shape[0] == 0:
