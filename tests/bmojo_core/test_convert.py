@@ -115,6 +115,17 @@ def test_same_logits_under_left_padding(mistral):
     assert (got - want)[mask.bool()].abs().max() <= 1e-4
 
 
+@pytest.mark.parametrize("name", peers.VARIANTS)
+def test_a_padded_row_is_what_it_is_alone(name):
+    """Also where the original's is not: transformers' Jamba lets a bias into the padding."""
+    converted = from_hf(peers.variant(name))
+    ids, mask = tokens(converted), torch.ones(2, LENGTH, dtype=torch.long)
+    mask[1, :9] = 0
+    got = logits(converted, ids, attention_mask=mask)
+    assert (got[0] - logits(converted, ids[:1])).abs().max() <= 1e-4
+    assert (got[1, 9:] - logits(converted, ids[1:, 9:])).abs().max() <= 1e-4
+
+
 # -- every weight exactly once -----------------------------------------------------------------
 
 

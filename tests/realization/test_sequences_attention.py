@@ -106,8 +106,11 @@ def test_rotary_positions_are_a_shift_of_rotations():
         expected = layer(torch.tensor(u))[0][0].numpy()
     angles = 10000.0 ** (-np.arange(0, 6, 2) / 6)
     system = windowed_attention(attention_weights(layer.projections), 6, angles=angles)
-    # the layer keeps its frequencies in float32
+    # the layer keeps its frequencies in float32: with its own, rounded, the two are equal
     np.testing.assert_allclose(system.run(u[0]).y, expected, atol=2e-6)
+    rounded = layer.projections.rotary.frequency.double().numpy()
+    system = windowed_attention(attention_weights(layer.projections), 6, angles=rounded)
+    np.testing.assert_allclose(system.run(u[0]).y, expected, atol=1e-10)
     angles = layer.projections.rotary.frequency.double().numpy()
     system = windowed_attention(attention_weights(layer.projections), 6, angles=angles)
     np.testing.assert_allclose(system.run(u[0]).y, expected, atol=1e-10)
