@@ -469,6 +469,8 @@ def _assemble(
 def _checked_data(
     model: StochasticModel, y: ArrayLike, u: ArrayLike | None
 ) -> tuple[Array, Array | None, Mask]:
+    if np.iscomplexobj(y):
+        raise ValueError("y must be real, got complex numbers")
     y = np.array(y, dtype=np.float64)
     if y.ndim != 2 or y.shape[0] < 1 or y.shape[1] != model.p:
         raise ValueError(f"y must have shape (T >= 1, p={model.p}), got {y.shape}")

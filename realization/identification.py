@@ -142,6 +142,7 @@ def estimate_order(
         As `n4sid`.
     """
     y, u, i = _checked_record(y, u, None, block_rows)
+    u, _ = _in_units_of_size(u)
     data = subspace.compress(y / y.std(axis=0), u, i)
     correlations = subspace.canonical_correlations(data)
     return subspace.select_order(correlations, data.N, data.p, data.m), correlations
@@ -208,7 +209,8 @@ def _identify(
 ) -> InnovationModel:
     y, u, i = _checked_record(y, u, order, block_rows)
     units = y.std(axis=0)
-    y = y / units  # the methods weigh outputs by their size; the units of y must not matter
+    y = y / units  # the methods weigh outputs by their size; the units of y must not matter,
+    u, input_units = _in_units_of_size(u)  # nor those of u to the thresholds for rounding errors
     data = subspace.compress(y, u, i)
     if order is None:
         correlations = subspace.canonical_correlations(data)
@@ -219,8 +221,19 @@ def _identify(
     K, Lambda = predictor_gain(A, C, noise)
     B, D, x0, Lambda = fit_inputs(A, K, C, Lambda, y, u)
     Lambda = Lambda * np.outer(units, units)
-    B, D = (None, None) if u is None else (B, D * units[:, None])
+    B, D = (None, None) if u is None else (B / input_units, D * units[:, None] / input_units)
     return InnovationModel(A, K / units, C * units[:, None], Lambda, B, D, x0)
+
+
+def _in_units_of_size(u: Array | None) -> tuple[Array | None, Array]:
+    """Inputs divided by their root mean square, and that (m,)."""
+    if u is None:
+        return None, np.ones(0)
+    largest = np.abs(u).max(axis=0)
+    largest[largest == 0] = 1.0  # an input that never moves: the check of excitation refuses it
+    size = largest * np.sqrt(((u / largest) ** 2).mean(axis=0))
+    size[size == 0] = 1.0
+    return u / size, size
 
 
 def predictor_gain(A: Array, C: Array, noise: Array) -> tuple[Array, Array]:

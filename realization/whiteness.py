@@ -31,7 +31,7 @@ import scipy.fft
 import scipy.stats
 from numpy.typing import ArrayLike
 
-from realization.systems import Array, as_real_array
+from realization.systems import Array, as_real_array, positive_integer
 
 MIN_LENGTH = 20
 
@@ -106,7 +106,11 @@ def portmanteau_test(s: ArrayLike, lags: int | None = None, num_fitted_lags: int
     """Ljung-Box test in Hosking's multivariate form; parameters as `whiteness_test`."""
     w = _whitened(s)
     T, p = w.shape
-    lags = min(20, T // 10) if lags is None else lags
+    lags = min(20, T // 10) if lags is None else positive_integer("lags", lags)
+    if isinstance(num_fitted_lags, bool) or not isinstance(num_fitted_lags, (int, np.integer)):
+        raise ValueError(f"num_fitted_lags must be an integer, got {num_fitted_lags!r}")
+    if num_fitted_lags < 0:
+        raise ValueError(f"num_fitted_lags must be at least 0, got {num_fitted_lags}")
     if not num_fitted_lags < lags < T:
         raise ValueError(f"lags must lie between num_fitted_lags={num_fitted_lags} and T={T}")
     R = autocorrelations(w, lags)
@@ -178,6 +182,8 @@ def autocorrelations(s: ArrayLike, lags: int) -> Array:
     """R_h = (1/T) sum_t s_t s_{t-h}', h = 0 .. lags, shape (lags + 1, p, p); mean not removed."""
     s = _two_dimensional(s)
     T = len(s)
+    if isinstance(lags, bool) or not isinstance(lags, (int, np.integer)) or not 0 <= lags < T:
+        raise ValueError(f"lags must be an integer in 0 .. {T - 1}, got {lags!r}")
     return np.array([s[h:].T @ s[: T - h] / T for h in range(lags + 1)])
 
 

@@ -8,6 +8,7 @@ import scipy.linalg
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_models import random_realization, seeds
+from random_systems import random_system
 
 from realization import (
     StateSpace,
@@ -272,3 +273,18 @@ def test_n4sid_predicts_as_well_as_the_published_fit(name):
             errors.append(100 * np.linalg.norm(e) / np.linalg.norm(y_new))
     assert min(errors) <= 1.02 * published
     assert min(errors) >= 0.9 * published  # far below would mean that the protocol is not theirs
+
+
+@pytest.mark.parametrize("method", [n4sid, moesp, cva])
+@pytest.mark.parametrize("units", [(1e-12, 1e12), (1e12, 1e-12), (1e-9, 1e-9)])
+def test_units_of_inputs_and_outputs_do_not_matter(method, units):
+    sys = random_system(4, 4, 2, 2, radius=0.9)
+    rng = np.random.default_rng(0)
+    u = rng.standard_normal((500, 2))
+    y = sys.simulate(u, rng.standard_normal(4))
+    model = method(y * units[1], u * units[0], order=4)
+    markov = model.deterministic.markov(20) * (units[0] / units[1])
+    assert np.abs(markov - sys.markov(20)).max() < 1e-6 * np.abs(sys.markov(20)).max()
+    mixed = method(y, u * np.array([1.0, units[0]]), order=4).deterministic.markov(20)
+    mixed = mixed * np.array([1.0, units[0]])
+    assert np.abs(mixed - sys.markov(20)).max() < 1e-6 * np.abs(sys.markov(20)).max()

@@ -117,3 +117,14 @@ def test_autocorrelations_and_cumulative_periodogram_of_known_sequences():
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_lags_that_mean_nothing_are_refused():
+    e = np.random.default_rng(0).standard_normal(100)
+    refused = ("lags", 2.5), ("lags", 0), ("num_fitted_lags", -3), ("num_fitted_lags", 1.5)
+    for name, value in refused:
+        with pytest.raises(ValueError, match="lags"):
+            whiteness_test(e, **{name: value})
+    for lags in (-1, 100, 1.0):
+        with pytest.raises(ValueError, match="lags must be an integer in 0 .. 99"):
+            autocorrelations(e, lags)
