@@ -39,7 +39,8 @@ def run_tasks(
     Raises
     ------
     ModuleNotFoundError
-        When lm-evaluation-harness is not installed (``pip install lm_eval``).
+        When lm-evaluation-harness is not installed (``pip install "lm_eval>=0.4.13"``;
+        older ones do not load with transformers 5).
     ValueError
         When the folder holds no model or no tokenizer.
     """
