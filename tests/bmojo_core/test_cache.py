@@ -80,6 +80,22 @@ def test_whatever_shares_memory_is_copied_before_it_is_written(copy):
     assert unchanged(twin, after)
 
 
+@pytest.mark.parametrize("kind", ["bmojo", "hybrid"])
+def test_the_register_is_read_in_one_run(kind):
+    """Keys of a head lie side by side, however the state came about: that is the step's speed."""
+    model, tokens = peaky.model(kind), peaky.ids(2, 30)
+    _, cache = step(model, tokens[:, :17])
+    _, cache = step(model, tokens[:, 17:23], cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    _, cache = step(model, tokens[:, 23:24], cache)
+    registers = [s.window if kind == "bmojo" else s for s in cache.states if hasattr(s, "window")
+                 or hasattr(s, "v")]  # fmt: skip
+    assert len(registers) == 2
+    for register in registers:
+        assert register.k.shape[1] == model.config.num_kv_heads
+        assert register.k.is_contiguous() and register.v.is_contiguous()
+
+
 def test_reading_without_asking_for_the_state_leaves_it_alone():
     model = peaky.model(num_layers=2, layer_types=["bmojo", "sliding_attention"])
     _, cache = step(model, peaky.ids(1, 9))
