@@ -65,13 +65,13 @@ class Projections(nn.Module):
         self.rotary = Rotary(config) if config.position == "rope" else None
 
     def queries(
-        self, u: Float[Tensor, "b *l d"], position: Int[Tensor, "b *l"]
+        self, u: Float[Tensor, "b *l d"], position: Int[Tensor, "b *l"] | None
     ) -> Float[Tensor, "b *l h p"]:
         """W_q u, rotated to its position."""
         return self._heads(self.q_proj, u, position)
 
     def keys_values(
-        self, u: Float[Tensor, "b *l d"], position: Int[Tensor, "b *l"]
+        self, u: Float[Tensor, "b *l d"], position: Int[Tensor, "b *l"] | None
     ) -> tuple[Float[Tensor, "b *l g p"], Float[Tensor, "b *l g p"]]:
         """W_k u, rotated to its position, and W_v u."""
         v = self.v_proj(u).unflatten(-1, (-1, self.p))
@@ -81,7 +81,7 @@ class Projections(nn.Module):
         """W_o applied to the concatenated heads."""
         return self.o_proj(heads.flatten(-2))
 
-    def _heads(self, projection: nn.Linear, u: Tensor, position: Tensor) -> Tensor:
+    def _heads(self, projection: nn.Linear, u: Tensor, position: Tensor | None) -> Tensor:
         heads = projection(u).unflatten(-1, (-1, self.p))
         return heads if self.rotary is None else self.rotary(heads, position)
 
@@ -111,7 +111,7 @@ class Attention(nn.Module):
         keep_state: bool = False,
     ) -> tuple[Float[Tensor, "b l d"], Register | Growing | None]:
         """Output and, if ``keep_state``, the register after each row's last valid token."""
-        at = positions(start, u)
+        at = None if self.projections.rotary is None else positions(start, u)
         q = self.projections.queries(u, at)
         k, v = self.projections.keys_values(u, at)
         attend = self._attend_all if self.window is None else self._attend_window
@@ -138,6 +138,8 @@ class Attention(nn.Module):
         return heads, write_register(state, k, v, w, start, lengths)
 
     def _attend_all(self, q, k, v, state, start, lengths, keep_state):
+        if state is None and not keep_state:
+            return memory_attention(q, k, v, window=None, chunk=None), None
         here = (
             torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
             if lengths is None
@@ -145,7 +147,7 @@ class Attention(nn.Module):
         )
         if state is None:
             heads = memory_attention(q, k, v, window=None, chunk=None)
-            return heads, Growing(k, v, here) if keep_state else None
+            return heads, Growing(k, v, here)
         new = Growing(
             torch.cat([state.k, k], 1), torch.cat([state.v, v], 1),
             torch.cat([state.valid, here], 1),

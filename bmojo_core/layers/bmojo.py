@@ -48,7 +48,7 @@ from bmojo_core.layers.attention import (
     write_register,
     write_step,
 )
-from bmojo_core.layers.eidetic import EideticState, InUse, Memory, Tokens
+from bmojo_core.layers.eidetic import Before, EideticState, InUse, Memory, Tokens
 from bmojo_core.layers.mamba import Mamba, SSMState
 from bmojo_core.layers.rows import align, is_valid, may_hold, slide, take, unalign
 from bmojo_core.layers.selection import (
@@ -181,15 +181,18 @@ class MemoryAttention(nn.Module):
     ) -> tuple[Float[Tensor, "b l d"], tuple[Register, EideticState, Tensor] | None]:
         """Output and, if ``keep_state``, (register, memory, tail of the key convolution)."""
         at = positions(start, u)
-        content, tail = self._content(u, state, lengths)
+        content, tail = self._content(u, state, lengths, keep_state)
         q = self.projections.queries(u, at)
         k, v = self.projections.keys_values(content, at)
         window = state.window if state else None
-        carried = state.memory if state else eidetic.empty_state(self.config, k)
+        carried = state.memory if state else eidetic.nothing_before(self.config, k)
         mass = None
         if self.asks["window_mass"]:
             earlier, mass = self._received(q, k, window, start, lengths)
-            carried = carried._replace(waiting=eidetic.add_to_waiting(carried.waiting, earlier))
+            if carried.waiting is not None:
+                carried = carried._replace(
+                    waiting=eidetic.add_to_waiting(carried.waiting, earlier)
+                )
         tokens, seen = self.candidates(content, k, v, y, at, carried, oracle, mass)
         stream = eidetic.merge_candidates(carried.waiting, tokens)
         if lengths is not None:
@@ -217,7 +220,7 @@ class MemoryAttention(nn.Module):
 
     def candidates(
         self, u: Tensor, k: Tensor, v: Tensor, y: Tensor, at: Tensor,
-        carried: EideticState, oracle: Tensor | None, window_mass: Tensor | None,
+        carried: EideticState | Before, oracle: Tensor | None, window_mass: Tensor | None,
     ) -> tuple[Tokens, Observed]:  # fmt: skip
         """Every new token with its score and the key and value it would be remembered by."""
         c = self.config
@@ -266,46 +269,66 @@ class MemoryAttention(nn.Module):
 
     def fading(
         self, y: Float[Tensor, "b l d"], outputs: Float[Tensor, "b s d"],
-        start: Int[Tensor, "b"] | None, chunks: int, phase: Int[Tensor, "b"],
+        start: Int[Tensor, "b"], chunks: int, phase: Int[Tensor, "b"],
     ) -> Memory:  # fmt: skip
         """The fading tokens of every chunk; those from before the sequence are not valid."""
         column = eidetic.fading_positions(self.config, chunks, phase)  # (b, n, m_f)
         past = torch.cat([outputs, y], 1)
         index = (column + outputs.shape[1]).clamp(0, past.shape[1] - 1)
-        tokens = take(past, index)
+        at = column + start[:, None, None]
+        return self._fading_memory(take(past, index), at, at >= 0, details=True)
+
+    def first_fading(self, y: Float[Tensor, "b l d"], chunks: int, details: bool) -> Memory:
+        """The same from the beginning: outputs are read where they are, and all rows alike.
+
+        A token from before the sequence stands for y_1 and is not valid.
+        """
+        at = eidetic.first_fading_positions(self.config, chunks, y.device)  # (n, m_f)
+        tokens = y.index_select(1, at.clamp_min(0).flatten()).unflatten(1, at.shape)
+        at, valid = (x.expand(y.shape[0], -1, -1) for x in (at, at >= 0))
+        return self._fading_memory(tokens, at, valid, details)
+
+    def _fading_memory(self, tokens: Tensor, at: Tensor, valid: Tensor, details: bool) -> Memory:
         if self.config.normalize_fading and self.config.num_fading_tokens:
             tokens = self.fading_norm(tokens)
-        at = column if start is None else column + start[:, None, None]
-        k, v = self.memory_keys_values(tokens, at.clamp_min(0))
-        score = torch.full(at.shape, float("inf"), device=at.device)
-        return Memory(k, v, at >= 0, at, score)
+        k, v = self.memory_keys_values(tokens, at)
+        if not details:
+            return Memory(k, v, valid, None, None)
+        return Memory(k, v, valid, at, torch.full(at.shape, float("inf"), device=at.device))
 
-    def memories(self, fading: Memory, recalled: Memory) -> tuple[Memory, Memory]:
+    def memories(
+        self, fading: Memory | None, recalled: Memory | None, chunks: int
+    ) -> tuple[Memory, Memory | None]:
         """Memory of every chunk, and eidetic memory after the last (n = 1)."""
-        n = fading.valid.shape[1]
+        if recalled is None:
+            return fading, None
         shift = int(self.config.memory_update == "token")  # Algorithm 1 stores before it attends
-        during = Memory(*(x[:, shift : shift + n] for x in recalled))
-        return eidetic.join(fading, during), Memory(*(x[:, n:] for x in recalled))
+        during = eidetic.each(lambda x: x[:, shift : shift + chunks], recalled)
+        return eidetic.join(fading, during), eidetic.each(lambda x: x[:, chunks:], recalled)
 
     # -- three ways to read: from the start, from a carried state, one token --------------------
 
     def _from_start(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
-        c = self.config
+        c, m_f, m_e = self.config, self.config.num_fading_tokens, self.config.num_eidetic_tokens
         length = eidetic.chunk_length(c)
-        recalled = eidetic.eidetic_tokens(stream, c.num_eidetic_tokens, length)
-        chunks = recalled.valid.shape[1] - 1
-        phase = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
-        fading = self.fading(y, carried.outputs, None, chunks, phase)
-        memory, after = self.memories(fading, recalled)
+        chunks = -(-q.shape[1] // length)
+        details = keep_state or bool(self.watchers)
+        after = keep_state or c.memory_update == "token"
+        recalled = eidetic.eidetic_tokens(stream, m_e, length, after, details) if m_e else None
+        fading = self.first_fading(y, chunks, details) if m_f or not m_e else None
+        memory, after = self.memories(fading, recalled, chunks)
         for watcher in self.watchers:
             watcher(Watched(q, k, stream.score, memory, c.window, length))
         heads = self._attend(q, k, v, memory, length)
         if not keep_state:
             return heads, None, None, None
-        read = phase + q.shape[1] if lengths is None else lengths
+        read = lengths
+        if read is None:
+            read = torch.full((q.shape[0],), q.shape[1], dtype=torch.long, device=q.device)
         current = eidetic.chunk_of(memory, (read // length).clamp_max(chunks - 1))
         ring = write_register(None, k, v, c.window, None, lengths)
-        return heads, *_put_before(current, ring), eidetic.as_tokens(after)
+        best = eidetic.as_tokens(after) if m_e else eidetic.no_tokens(k, 0)
+        return heads, *_put_before(current, ring), best
 
     def _continue(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
         c = self.config
@@ -314,7 +337,7 @@ class MemoryAttention(nn.Module):
         phase, chunks = start % length, columns // length
         recalled = eidetic.eidetic_tokens_from(carried.best, stream, phase, length)
         fading = self.fading(y, carried.outputs, start, chunks, phase)
-        memory, after = self.memories(fading, recalled)
+        memory, after = self.memories(fading, recalled, chunks)
         memory = _keep_first(memory, _in_use(window, carried.current), phase > 0)
         past_k, past_v, past_valid = past_window(window, c.window, start)
         here = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
@@ -390,9 +413,11 @@ class MemoryAttention(nn.Module):
         return alone + self.memory_gate[:, None] * (joint - alone)
 
     def _content(
-        self, u: Tensor, state: BMojoState | None, lengths: Tensor | None
-    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b k d"]]:
+        self, u: Tensor, state: BMojoState | None, lengths: Tensor | None, keep_state: bool = False
+    ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b k d"] | None]:
         """What keys and values read: u, through the short convolution if there is one."""
+        if not (self.config.key_kernel or keep_state):
+            return u, None
         taps = max(self.config.key_kernel - 1, 0)
         tail = state.tail if state else u.new_zeros(u.shape[0], taps, u.shape[2])
         new_tail = slide(tail, u, lengths)

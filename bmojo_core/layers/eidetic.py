@@ -20,6 +20,7 @@ e_i        score of token i (``selection``)     f        phase: tokens already r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -28,7 +29,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bmojo_core.config import BMojoConfig
-from bmojo_core.layers.rows import align, may_hold, slide, take
+from bmojo_core.layers.rows import align, may_hold, places, slide, take, take_places
 from bmojo_core.layers.selection import asks_for
 from bmojo_core.ops import running_top_k
 
@@ -48,14 +49,15 @@ class Tokens(NamedTuple):
 class Memory(NamedTuple):
     """Memory tokens of every chunk: fading first, then eidetic.
 
-    ``position`` and ``score`` say which token each one is; they serve inspection, not attention.
+    ``position`` and ``score`` say which token each one is.  They serve inspection and the state,
+    not attention: None where nobody asked.
     """
 
     k: Float[Tensor, "b n m g p"]
     v: Float[Tensor, "b n m g p"]
     valid: Bool[Tensor, "b n m"]
-    position: Int[Tensor, "b n m"]
-    score: Float[Tensor, "b n m"]
+    position: Int[Tensor, "b n m"] | None
+    score: Float[Tensor, "b n m"] | None
 
 
 class InUse(NamedTuple):
@@ -74,6 +76,14 @@ class EideticState(NamedTuple):
     waiting: Tokens  # tokens still too recent to be stored (none if in-window ones may be)
     outputs: Float[Tensor, "b s d"]  # the last outputs of the SSM
     key_sum: Float[Tensor, "b g p"] | None  # of normalised keys; None if no policy needs it
+
+
+class Before(NamedTuple):
+    """What a reading from the beginning finds: those parts of a state that it looks at."""
+
+    waiting: Tokens | None
+    outputs: Float[Tensor, "b s d"]
+    key_sum: Float[Tensor, "b g p"] | None
 
 
 def outputs_needed(c: BMojoConfig) -> int:
@@ -108,19 +118,15 @@ def chunk_length(c: BMojoConfig) -> int:
     return 1 if c.memory_update == "token" else c.memory_chunk
 
 
-def empty_state(c: BMojoConfig, like: Float[Tensor, "b l g p"]) -> EideticState:
-    """The state before any token: nothing remembered, outputs zero."""
+def nothing_before(c: BMojoConfig, like: Float[Tensor, "b l g p"]) -> Before:
+    """What there is before any token: no tokens, outputs zero."""
     b, _, g, p = like.shape
-    places = torch.zeros(
-        b, c.num_fading_tokens + c.num_eidetic_tokens, dtype=torch.long, device=like.device
-    )
     wide = torch.promote_types(like.dtype, torch.float32)
-    return EideticState(
-        InUse(places.bool(), places, places.float() + EMPTY),
-        no_tokens(like, c.num_eidetic_tokens), no_tokens(like, storing_delay(c)),
+    return Before(
+        no_tokens(like, storing_delay(c)) if storing_delay(c) else None,
         like.new_zeros(b, outputs_needed(c), c.hidden_size),
         torch.zeros(b, g, p, dtype=wide, device=like.device) if needs_key_sum(c) else None,
-    )  # fmt: skip
+    )
 
 
 def no_tokens(like: Float[Tensor, "b l g p"], count: int) -> Tokens:
@@ -132,12 +138,18 @@ def no_tokens(like: Float[Tensor, "b l g p"], count: int) -> Tokens:
     )
 
 
-def eidetic_tokens(tokens: Tokens, k: int, chunk: int) -> Memory:
-    """M for every chunk of a sequence read from its beginning, and one more for what follows."""
-    chunks = -(-tokens.score.shape[1] // chunk)
-    after_all = chunks * chunk + 1 - tokens.score.shape[1]
-    index, valid = running_top_k(F.pad(tokens.score, (0, after_all), value=EMPTY), k, chunk)
-    return _remember(tokens, index, valid)
+def eidetic_tokens(
+    tokens: Tokens, k: int, chunk: int, after: bool = True, details: bool = True
+) -> Memory:
+    """M for every chunk of a sequence read from its beginning; ``after``: and for what follows.
+
+    ``details`` asks for position and score of what is remembered.
+    """
+    score = tokens.score
+    if after:
+        columns = -(-score.shape[1] // chunk) * chunk + 1
+        score = F.pad(score, (0, columns - score.shape[1]), value=EMPTY)
+    return _remember(tokens, *running_top_k(score, k, chunk), details)
 
 
 def eidetic_tokens_from(
@@ -154,7 +166,7 @@ def eidetic_tokens_from(
     )  # fmt: skip
     joined = Tokens(*(torch.cat(parts, 1) for parts in zip(best, pad, aligned, strict=True)))
     index, valid = running_top_k(F.pad(joined.score, (0, 1), value=EMPTY), k, chunk)
-    return _remember(joined, index[:, front // chunk :], valid[:, front // chunk :])
+    return _remember(joined, index[:, front // chunk :], valid[:, front // chunk :], details=True)
 
 
 def oldest_first(best: Tokens) -> Tokens:
@@ -193,16 +205,26 @@ def fading_positions(c: BMojoConfig, chunks: int, phase: Int[Tensor, "b"]) -> In
     return (start[:, None] - back) - phase[:, None, None]
 
 
-def merge_candidates(waiting: Tokens, new: Tokens) -> Tokens:
+def first_fading_positions(c: BMojoConfig, chunks: int, device: torch.device) -> Int[Tensor, "n f"]:
+    """The same where every row begins with its first token: no phase, no rows."""
+    length, delay, stride = chunk_length(c), fading_delay(c), c.fading_stride
+    start = torch.arange(0, chunks * length, length, device=device)
+    end = delay + c.num_fading_tokens * stride
+    return start[:, None] - torch.arange(delay, end, stride, device=device)
+
+
+def merge_candidates(waiting: Tokens | None, new: Tokens) -> Tokens:
     """The stream of tokens as memory sees it: late by as many as are waiting."""
-    if waiting.score.shape[1] == 0:
+    if waiting is None or waiting.score.shape[1] == 0:
         return new
     joined = Tokens(*(torch.cat(pair, 1) for pair in zip(waiting, new, strict=True)))
     return Tokens(*(x[:, : new.score.shape[1]] for x in joined))
 
 
-def still_waiting(waiting: Tokens, new: Tokens, lengths: Int[Tensor, "b"] | None) -> Tokens:
+def still_waiting(waiting: Tokens | None, new: Tokens, lengths: Int[Tensor, "b"] | None) -> Tokens:
     """The tokens that are too recent to be stored after the new ones have been read."""
+    if waiting is None:
+        return no_tokens(new.k, 0)
     if waiting.score.shape[1] == 0:
         return waiting
     return Tokens(*(slide(old, x, lengths) for old, x in zip(waiting, new, strict=True)))
@@ -214,9 +236,17 @@ def add_to_waiting(waiting: Tokens, mass: Float[Tensor, "b r"]) -> Tokens:
     return waiting._replace(score=waiting.score + F.pad(mass, (older, 0)))
 
 
-def join(fading: Memory, eidetic: Memory) -> Memory:
-    """Fading and eidetic tokens side by side."""
-    return Memory(*(torch.cat(pair, 2) for pair in zip(fading, eidetic, strict=True)))
+def join(fading: Memory | None, eidetic: Memory | None) -> Memory:
+    """Fading and eidetic tokens side by side; one of the two may be missing."""
+    if fading is None or eidetic is None:
+        return fading or eidetic
+    return each(lambda *pair: torch.cat(pair, 2), fading, eidetic)
+
+
+def each(function: Callable[..., Tensor], *memories: Memory) -> Memory:
+    """The function of every field that is there."""
+    fields = zip(*memories, strict=True)
+    return Memory(*(None if parts[0] is None else function(*parts) for parts in fields))
 
 
 def chunk_of(memory: Memory, index: Int[Tensor, "b"]) -> Memory:
@@ -247,8 +277,12 @@ def as_tokens(memory: Memory) -> Tokens:
     return Tokens(*(x[:, 0].clone() for x in parts))
 
 
-def _remember(tokens: Tokens, index: Int[Tensor, "b n k"], valid: Bool[Tensor, "b n k"]) -> Memory:
-    score = take(tokens.score, index).masked_fill(~valid, EMPTY)
-    return Memory(
-        take(tokens.k, index), take(tokens.v, index), valid, take(tokens.position, index), score
-    )
+def _remember(
+    tokens: Tokens, index: Int[Tensor, "b n k"], valid: Bool[Tensor, "b n k"], details: bool
+) -> Memory:
+    where = places(index, tokens.k.shape[1])
+    k, v = (take_places(x, where, index.shape) for x in (tokens.k, tokens.v))
+    if not details:
+        return Memory(k, v, valid, None, None)
+    position, score = (take_places(x, where, index.shape) for x in (tokens.position, tokens.score))
+    return Memory(k, v, valid, position, score.masked_fill(~valid, EMPTY))
