@@ -67,9 +67,10 @@ def test_every_public_name_is_described(site: Path, package: str) -> None:
 
 def test_every_chapter_is_there(site: Path) -> None:
     contents = (site / "chapters.html").read_text()
-    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
-        assert (site / "notebooks" / f"{path.stem}.html").exists()
-        assert f"notebooks/{path.stem}.html" in contents
+    for path in sorted((ROOT / "notebooks").rglob("[0-9]*.ipynb")):
+        page = path.relative_to(ROOT).with_suffix(".html")
+        assert (site / page).exists()
+        assert page.as_posix() in contents
 
 
 def _chapter_with_a_picture(site: Path) -> str:
