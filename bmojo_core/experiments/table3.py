@@ -42,7 +42,7 @@ CPU = Size(
         "fuzzy_recall": {"seq_len": 32, "vocab_size": 12, "key_size": 2, "value_size": 2, **FEW},
     },
     models={
-        "2 layers": (1, {
+        "2_layers": (1, {
             "hidden_size": 32, "num_heads": 2, "window": 4, "num_fading_tokens": 1,
             "num_eidetic_tokens": 8, "state_size": 4,
         }),
@@ -59,8 +59,8 @@ GPU = Size(
         "fuzzy_recall": {"seq_len": 256, "vocab_size": 32},
     },
     models={
-        "2 layers": (1, {"hidden_size": 64, "num_heads": 1, **MEMORY}),
-        "8 layers": (4, {"hidden_size": 128, "num_heads": 2, **MEMORY}),
+        "2_layers": (1, {"hidden_size": 64, "num_heads": 1, **MEMORY}),
+        "8_layers": (4, {"hidden_size": 128, "num_heads": 2, **MEMORY}),
     },
     rates=(1e-3, 3e-3, 9e-3), steps=3000, batch=64, seeds=(1, 2),
 )  # fmt: skip
