@@ -7,6 +7,10 @@ attention, with as many parameters.  The order of lengths is chosen so that a ru
 ``--seconds`` still compares kinds with each other.
 
     python benchmarks/throughput.py --out results/throughput.json
+    python benchmarks/throughput.py --presets 3b --no-backward --lengths 2048 8192 32768
+    python benchmarks/throughput.py --presets 1.4b --kv-heads 4 --out grouped.json
+
+``against_bars`` in the record holds B'MOJO's times over the Transformer's and the bars for them.
 """
 
 from __future__ import annotations
@@ -26,23 +30,25 @@ from bmojo_core.training import provenance, write_json
 
 TOKENS = 16_384
 KINDS = ("bmojo", "bmojo_f", "hybrid", "mamba", "transformer", "mistral")
+# Forward and backward of B'MOJO over our Transformer's of equal size, by context length.
+BARS = {2048: 1.25, 8192: 1.0, 32768: 0.5}
 
 
-def build(kind: str, preset: str, device: str) -> torch.nn.Module:
+def build(kind: str, preset: str, device: str, **changes: Any) -> torch.nn.Module:
     """A model with random weights in bfloat16."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
             if kind == "mistral":
-                return MistralForCausalLM(_mistral(preset))
-            return BMojoForCausalLM(BMojoConfig.preset(preset, kind))
+                return MistralForCausalLM(_mistral(preset, **changes))
+            return BMojoForCausalLM(BMojoConfig.preset(preset, kind, **changes))
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def _mistral(preset: str) -> MistralConfig:
+def _mistral(preset: str, **changes: Any) -> MistralConfig:
     """Mistral's layers in the sizes of our Transformer of that name: full attention, rotary."""
-    ours = BMojoConfig.preset(preset, "transformer")
+    ours = BMojoConfig.preset(preset, "transformer", **changes)
     return MistralConfig(
         vocab_size=ours.vocab_size, hidden_size=ours.hidden_size,
         num_hidden_layers=ours.num_layers, num_attention_heads=ours.num_heads,
@@ -52,8 +58,10 @@ def _mistral(preset: str) -> MistralConfig:
     )  # fmt: skip
 
 
-def measure(model: torch.nn.Module, length: int, tokens: int, repeats: int = 5) -> dict[str, Any]:
-    """Median ms of forward and of forward + backward, and the peak memory of the latter."""
+def measure(
+    model: torch.nn.Module, length: int, tokens: int, repeats: int = 5, backward: bool = True
+) -> dict[str, Any]:
+    """Median ms of forward and, where asked, of forward + backward with its peak memory."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (tokens // length, length), generator=generator,
@@ -69,12 +77,37 @@ def measure(model: torch.nn.Module, length: int, tokens: int, repeats: int = 5) 
     model.eval()
     with torch.no_grad():
         forward_ms = _median_ms(forward, repeats, device)
+    if not backward:
+        return {"forward_ms": forward_ms}
     model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     both_ms = _median_ms(training_step, repeats, device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return {"forward_ms": forward_ms, "forward_backward_ms": both_ms, "peak_gib": peak}
+
+
+def against_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """B'MOJO over the Transformer and the Mamba stack, row by row, and the bar where there is one.
+
+    Forward and backward where it was timed, else forward.
+    """
+    by = {(r["preset"], r["kind"], r["length"]): r for r in rows}
+    found = []
+    for (preset, kind, length), ours in by.items():
+        if kind != "bmojo":
+            continue
+        column = "forward_backward_ms" if "forward_backward_ms" in ours else "forward_ms"
+        entry: dict[str, Any] = {"preset": preset, "length": length, "column": column}
+        for peer in ("transformer", "mistral", "mamba", "hybrid", "bmojo_f"):
+            theirs = by.get((preset, peer, length))
+            if theirs is not None and column in theirs:
+                entry[f"over_{peer}"] = round(ours[column] / theirs[column], 3)
+        bar = BARS.get(length)
+        if preset == "1.4b" and bar is not None and "over_transformer" in entry:
+            entry |= {"bar": bar, "met": entry["over_transformer"] <= bar}
+        found.append(entry)
+    return found
 
 
 def _median_ms(work, repeats: int, device: torch.device) -> float:
@@ -103,20 +136,27 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 16384])
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kv-heads", type=int, help="key-value heads, for attention in groups")
+    parser.add_argument("--no-backward", action="store_true", help="forward only, for large models")
     arguments = parser.parse_args()
     begun, rows = time.perf_counter(), []
+    changes = {} if arguments.kv_heads is None else {"num_kv_heads": arguments.kv_heads}
     for preset in arguments.presets:
-        for kind in KINDS:
+        for kind in arguments.kinds:
             if time.perf_counter() - begun > arguments.seconds:
                 break
-            model = build(kind, preset, arguments.device)
+            model = build(kind, preset, arguments.device, **changes)
             count = sum(p.numel() for p in model.parameters())
             for length in arguments.lengths:
                 row = {"preset": preset, "kind": kind, "parameters": count, "length": length}
-                row |= measure(model, length, max(arguments.tokens, length))
+                tokens = max(arguments.tokens, length)
+                row |= {"tokens": tokens, "num_kv_heads": model.config.num_key_value_heads}
+                row |= measure(model, length, tokens, backward=not arguments.no_backward)
                 rows.append(row)
                 print(row, flush=True)
                 record = {"tokens": arguments.tokens, "rows": rows, **provenance()}
+                record["against_bars"] = against_bars(rows)
                 write_json(Path(arguments.out), record)
             del model
             gc.collect()

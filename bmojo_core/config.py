@@ -45,6 +45,7 @@ PRESETS: dict[str, dict[str, int]] = {
     "370m": {"vocab_size": 32000, "hidden_size": 1024, "num_layers": 30, "num_heads": 16},
     "790m": {"vocab_size": 32000, "hidden_size": 1536, "num_layers": 30, "num_heads": 16},
     "1.4b": {"vocab_size": 32000, "hidden_size": 2048, "num_layers": 30, "num_heads": 16},
+    "3b": {"vocab_size": 32000, "hidden_size": 2560, "num_layers": 42, "num_heads": 20},
 }
 
 

@@ -9,7 +9,10 @@ import torch
 from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.config import KINDS, PRESETS, SUBLAYERS
 
-NOMINAL = {"10m": 10e6, "30m": 30e6, "130m": 130e6, "370m": 370e6, "790m": 790e6, "1.4b": 1.4e9}
+NOMINAL = {
+    "10m": 10e6, "30m": 30e6, "130m": 130e6, "370m": 370e6, "790m": 790e6, "1.4b": 1.4e9,
+    "3b": 3e9,
+}  # fmt: skip
 
 
 def instantiated(config: BMojoConfig) -> int:

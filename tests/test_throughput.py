@@ -1,0 +1,48 @@
+"""The benchmark of whole models runs, at a size where nothing is learned from its times."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import throughput
+
+
+def test_every_kind_is_timed(tmp_path, monkeypatch):
+    out = tmp_path / "t.json"
+    arguments = ["--device", "cpu", "--presets", "tiny", "--lengths", "32", "64", "--tokens", "64"]
+    monkeypatch.setattr(
+        sys, "argv", ["throughput", *arguments, "--kv-heads", "1", "--out", str(out)]
+    )
+    throughput.main()
+    record = json.loads(out.read_text())
+    assert {(r["kind"], r["length"]) for r in record["rows"]} == {
+        (kind, length) for kind in throughput.KINDS for length in (32, 64)
+    }
+    for row in record["rows"]:
+        assert row["num_kv_heads"] == 1 and row["tokens"] == 64
+        assert row["forward_ms"] > 0 and row["forward_backward_ms"] > 0
+    assert [entry["length"] for entry in record["against_bars"]] == [32, 64]
+
+
+def test_forward_alone(tmp_path, monkeypatch):
+    out = tmp_path / "t.json"
+    arguments = ["--device", "cpu", "--presets", "tiny", "--lengths", "32", "--tokens", "32"]
+    arguments += ["--kinds", "bmojo", "transformer", "--no-backward", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
+    throughput.main()
+    record = json.loads(out.read_text())
+    assert all("forward_backward_ms" not in row for row in record["rows"])
+    assert record["against_bars"][0]["column"] == "forward_ms"
+
+
+@pytest.mark.parametrize(("time", "met"), [(100.0, True), (126.0, False)])
+def test_bars(time, met):
+    rows = [
+        {"preset": "1.4b", "kind": kind, "length": 2048, "forward_backward_ms": ms, "forward_ms": 1}
+        for kind, ms in (("bmojo", time), ("transformer", 100.0), ("mamba", 200.0))
+    ]
+    assert throughput.against_bars(rows) == [
+        {"preset": "1.4b", "length": 2048, "column": "forward_backward_ms",
+         "over_transformer": time / 100, "over_mamba": time / 200, "bar": 1.25, "met": met}
+    ]  # fmt: skip
