@@ -190,9 +190,7 @@ class MemoryAttention(nn.Module):
         if self.asks["window_mass"]:
             earlier, mass = self._received(q, k, window, start, lengths)
             if carried.waiting is not None:
-                carried = carried._replace(
-                    waiting=eidetic.add_to_waiting(carried.waiting, earlier)
-                )
+                carried = carried._replace(waiting=eidetic.add_to_waiting(carried.waiting, earlier))
         tokens, seen = self.candidates(content, k, v, y, at, carried, oracle, mass)
         stream = eidetic.merge_candidates(carried.waiting, tokens)
         if lengths is not None:
