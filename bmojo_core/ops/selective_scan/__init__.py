@@ -87,8 +87,8 @@ def selective_scan(
     -----
     Float16 and bfloat16 inputs are accumulated in float32. Gradients flow to every tensor
     argument, also from `last_state` to `initial_state`. NaN is not looked for (an accelerator would
-    have to wait for the answer); it spreads to all later outputs of its channel. Source: the B'MOJO paper, section 3;
-    the parametrization is that of Mamba.
+    have to wait for the answer); it spreads to all later outputs of its channel. Source: the
+    B'MOJO paper, section 3; the parametrization is that of Mamba.
     """
     b, l, d = check_rank("u", u, "b l d")
     _, n = check_rank("A", A, "d n")
