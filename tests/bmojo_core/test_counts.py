@@ -137,12 +137,12 @@ def test_bytes(kind, monkeypatch):
 
         return call
 
-    with as_kernels(), torch.no_grad():
+    with as_kernels(), torch.no_grad(), monkeypatch.context() as patches:  # undone inside out
         places = [(mamba_layer, "selective_scan"), (mamba_layer, "causal_conv1d"),
                   (bmojo_layer, "memory_attention"), (attention_layer, "memory_attention"),
                   (F, "linear"), (F, "rms_norm"), (F, "silu")]  # fmt: skip
         for module, name in places:
-            monkeypatch.setattr(module, name, watched(getattr(module, name)))
+            patches.setattr(module, name, watched(getattr(module, name)))
         model(ids, use_cache=False)
     t, d, size = b * l, c.hidden_size, 2
     sums = 3 * size * t * d * (2 * c.num_layers)
