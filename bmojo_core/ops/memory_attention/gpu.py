@@ -102,6 +102,7 @@ class _MemoryAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mem_k, mem_v, mem_valid, key_valid, window, chunk, scale):
         q, k, v, mem_k, mem_v = (_unit_stride(x) for x in (q, k, v, mem_k, mem_v))
+        mem_valid, key_valid = (_dense(x) for x in (mem_valid, key_valid))
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         logsum = torch.empty(q.shape[0], q.shape[2], q.shape[1], device=q.device)
         tensors = (q, k, v, mem_k, mem_v, mem_valid, key_valid)
@@ -190,6 +191,11 @@ class _Job:
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense(mask: Tensor | None) -> Tensor | None:
+    """A mask that the kernels can index without strides: one shared by all rows is copied."""
+    return None if mask is None else mask.contiguous()
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:
