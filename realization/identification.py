@@ -170,7 +170,7 @@ def _moesp_states(data: CompressedData, n: int) -> tuple[Array, Array, Array]:
 def _cva_states(data: CompressedData, n: int) -> tuple[Array, Array, Array]:
     """x_t = J [u_p; y_p], with the same J at t and at t + 1."""
     i, m, p, L = data.i, data.m, data.p, data.L
-    J = np.linalg.pinv(subspace.cva_observability(data, n)) @ subspace.past_effect(data)
+    J = subspace.canonical_variates(data, n)
     a, b = data.inputs, data.regressors
     Up, Yp = L[a : a + i * m], L[a + i * m : b]
     shifted = np.vstack([Up[m:], L[:m], Yp[p:], L[b : b + p]])
