@@ -115,6 +115,13 @@ def cva(
     """Identify a model by canonical variate analysis; efficient for noise-driven processes.
 
     Parameters, returns and errors are those of `n4sid`.
+
+    Notes
+    -----
+    The state is the n combinations of the past most correlated with the future. Without inputs
+    this is maximum likelihood for long records, if the block rows i outlast the predictor's memory:
+    (A - K C)^i near 0. Where the last states are hardly seen in the record, N4SID and MOESP, which
+    do not weigh the future by what can be predicted of it, can do much worse.
     """
     return _identify(_cva_states, y, u, order, block_rows, stable)
 
