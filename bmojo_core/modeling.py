@@ -30,6 +30,7 @@ from bmojo_core.layers.bmojo import BMojo, MemoryAttention
 from bmojo_core.layers.feedforward import GatedMLP, MixtureOfExperts
 from bmojo_core.layers.mamba import Mamba
 from bmojo_core.layers.rotary import Rotary
+from bmojo_core.ops.rms_norm import rms_norm
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Residual(nn.Module):
         }[sublayer]()
 
     def forward(self, h, state, start, lengths, keep_state, memory_scores=None):
-        u = self.norm(h)
+        u = rms_norm(h, self.norm)
         if self.kind in ("feedforward", "moe"):
             return h + self.inner(u), None
         if self.kind == "mamba":
@@ -189,7 +190,7 @@ class BMojoModel(BMojoPreTrainedModel):
             h, lengths = rows.pack(h), rows.lengths
             memory_scores = None if memory_scores is None else rows.pack(memory_scores)
         h, states, seen = self._run(h, cache, lengths, use_cache, memory_scores)
-        h = self.norm(h)
+        h = rms_norm(h, self.norm)
         if not self.training:
             batches.check_output(h, self.named_parameters())
         if use_cache:

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rotary import Rotary
-from bmojo_core.layers.rows import is_valid, may_hold, take
+from bmojo_core.layers.rows import is_valid, may_hold, some_row, take
 from bmojo_core.ops import memory_attention
+from bmojo_core.ops.memory_attention.step import write_compiled
 
 State = TypeVar("State", bound=tuple)  # a named tuple of tensors
 
@@ -206,6 +207,8 @@ def write_step(
     start: Int[Tensor, "b"],
 ) -> None:  # fmt: skip
     """One token more, in place: cost 1, not w."""
+    if write_compiled(*register, k, v, start, w):
+        return
     place = register.k.shape[2] - w + start % w
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (b, g, 1, p)
     index = place[:, None, None, None].expand_as(k)
@@ -225,7 +228,9 @@ def attend_step(
     The softmax does not care for order, so the ring needs no sorting.
     """
     mask = None  # a long sequence sees every place, and attention without a mask is faster
-    if may_hold(start < w - 1) or (mem_valid is not None and may_hold(~mem_valid)):
+    if some_row(start, lambda read: read < w - 1) or (
+        mem_valid is not None and may_hold(~mem_valid)
+    ):
         visible = torch.arange(w, device=q.device) <= start[:, None]  # place s holds position s
         if mem_valid is not None:
             visible = torch.cat([mem_valid, visible], 1)

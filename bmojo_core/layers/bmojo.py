@@ -50,7 +50,7 @@ from bmojo_core.layers.attention import (
 )
 from bmojo_core.layers.eidetic import Before, EideticState, InUse, Memory, Tokens
 from bmojo_core.layers.mamba import Mamba, SSMState
-from bmojo_core.layers.rows import align, is_valid, may_hold, slide, take, unalign
+from bmojo_core.layers.rows import align, is_valid, slide, some_row, take, unalign
 from bmojo_core.layers.selection import (
     Observed,
     also_minimise,
@@ -60,6 +60,7 @@ from bmojo_core.layers.selection import (
     score_tokens,
 )
 from bmojo_core.ops import causal_conv1d, memory_attention
+from bmojo_core.ops.rms_norm import rms_norm
 
 
 class BMojoState(NamedTuple):
@@ -122,11 +123,11 @@ class BMojo(nn.Module):
         memory_scores
             Scores for ``selection="oracle"``.
         """
-        u = self.ssm_norm(h)
+        u = rms_norm(h, self.ssm_norm)
         y, ssm = self.ssm(u, state.ssm if state else None, lengths, keep_state)
         if self.stacked:
             h = h + (self.ssm_gate * y if self.gated else y)
-            u = self.attention_norm(h)
+            u = rms_norm(h, self.attention_norm)
         out, rest = self.attention(u, y, state, start, lengths, keep_state, memory_scores)
         return h + out, BMojoState(ssm, *rest) if keep_state else None
 
@@ -136,7 +137,7 @@ class MemoryAttention(nn.Module):
 
     def __init__(self, config: BMojoConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.settings = config, eidetic.Settings.of(config)
         d = config.hidden_size
         self.projections = Projections(config)
         self.has_memory = config.num_fading_tokens + config.num_eidetic_tokens > 0
@@ -162,12 +163,12 @@ class MemoryAttention(nn.Module):
         """Gates closed, the key convolution the identity, the predictor the fixed average."""
         if self.gated:
             init.zeros_(self.memory_gate)
-        if self.config.key_kernel:
+        if self.settings.key_kernel:
             identity = torch.zeros(self.key_conv.shape)
             identity[:, -1] = 1.0
             init.copy_(self.key_conv, identity)
         if self.asks["predictor"]:
-            init.constant_(self.predictor, 1 / self.config.innovation_taps)
+            init.constant_(self.predictor, 1 / self.settings.innovation_taps)
 
     def forward(
         self,
@@ -185,7 +186,7 @@ class MemoryAttention(nn.Module):
         q = self.projections.queries(u, at)
         k, v = self.projections.keys_values(content, at)
         window = state.window if state else None
-        carried = state.memory if state else eidetic.nothing_before(self.config, k)
+        carried = state.memory if state else eidetic.nothing_before(self.settings, k)
         mass = None
         if self.asks["window_mass"]:
             earlier, mass = self._received(q, k, window, start, lengths)
@@ -221,7 +222,7 @@ class MemoryAttention(nn.Module):
         carried: EideticState | Before, oracle: Tensor | None, window_mass: Tensor | None,
     ) -> tuple[Tokens, Observed]:  # fmt: skip
         """Every new token with its score and the key and value it would be remembered by."""
-        c = self.config
+        c = self.settings
         if c.normalize_innovation:
             scored, past = (F.rms_norm(x, x.shape[-1:]) for x in (y, carried.outputs))
         else:
@@ -242,7 +243,7 @@ class MemoryAttention(nn.Module):
         lengths: Tensor | None,
     ) -> tuple[Float[Tensor, "b r"], Float[Tensor, "b l"]]:  # fmt: skip
         """Attention given by the new queries: to the r = w - 1 tokens before, and to the new."""
-        w, (b, l, g, p) = self.config.window, k.shape
+        w, (b, l, g, p) = self.settings.window, k.shape
         past_k = k.new_zeros(b, w - 1, g, p)
         exists = torch.zeros(b, w - 1, dtype=torch.bool, device=k.device)
         if window is not None:
@@ -259,7 +260,7 @@ class MemoryAttention(nn.Module):
         if not self.separate:
             return shared if shared is not None else self.projections.keys_values(tokens, at)
         k, v = (
-            f(tokens).unflatten(-1, (-1, self.config.head_dim))
+            f(tokens).unflatten(-1, (-1, self.settings.head_dim))
             for f in (self.memory_k_proj, self.memory_v_proj)
         )
         rotary = self.projections.rotary
@@ -270,7 +271,7 @@ class MemoryAttention(nn.Module):
         start: Int[Tensor, "b"], chunks: int, phase: Int[Tensor, "b"],
     ) -> Memory:  # fmt: skip
         """The fading tokens of every chunk; those from before the sequence are not valid."""
-        column = eidetic.fading_positions(self.config, chunks, phase)  # (b, n, m_f)
+        column = eidetic.fading_positions(self.settings, chunks, phase)  # (b, n, m_f)
         past = torch.cat([outputs, y], 1)
         index = (column + outputs.shape[1]).clamp(0, past.shape[1] - 1)
         at = column + start[:, None, None]
@@ -281,13 +282,13 @@ class MemoryAttention(nn.Module):
 
         A token from before the sequence stands for y_1 and is not valid.
         """
-        at = eidetic.first_fading_positions(self.config, chunks, y.device)  # (n, m_f)
+        at = eidetic.first_fading_positions(self.settings, chunks, y.device)  # (n, m_f)
         tokens = y.index_select(1, at.clamp_min(0).flatten()).unflatten(1, at.shape)
         at, valid = (x.expand(y.shape[0], -1, -1) for x in (at, at >= 0))
         return self._fading_memory(tokens, at, valid, details)
 
     def _fading_memory(self, tokens: Tensor, at: Tensor, valid: Tensor, details: bool) -> Memory:
-        if self.config.normalize_fading and self.config.num_fading_tokens:
+        if self.settings.normalize_fading and self.settings.num_fading_tokens:
             tokens = self.fading_norm(tokens)
         k, v = self.memory_keys_values(tokens, at)
         if not details:
@@ -300,14 +301,18 @@ class MemoryAttention(nn.Module):
         """Memory of every chunk, and eidetic memory after the last (n = 1)."""
         if recalled is None:
             return fading, None
-        shift = int(self.config.memory_update == "token")  # Algorithm 1 stores before it attends
+        shift = int(self.settings.memory_update == "token")  # Algorithm 1 stores before it attends
         during = eidetic.each(lambda x: x[:, shift : shift + chunks], recalled)
         return eidetic.join(fading, during), eidetic.each(lambda x: x[:, chunks:], recalled)
 
     # -- three ways to read: from the start, from a carried state, one token --------------------
 
     def _from_start(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
-        c, m_f, m_e = self.config, self.config.num_fading_tokens, self.config.num_eidetic_tokens
+        c, m_f, m_e = (
+            self.settings,
+            self.settings.num_fading_tokens,
+            self.settings.num_eidetic_tokens,
+        )
         length = eidetic.chunk_length(c)
         chunks = -(-q.shape[1] // length)
         details = keep_state or bool(self.watchers)
@@ -329,7 +334,7 @@ class MemoryAttention(nn.Module):
         return heads, *_put_before(current, ring), best
 
     def _continue(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
-        c = self.config
+        c = self.settings
         length = eidetic.chunk_length(c)
         columns = eidetic.grid_columns(q.shape[1], length)
         phase, chunks = start % length, columns // length
@@ -358,23 +363,23 @@ class MemoryAttention(nn.Module):
     def _step(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
         window = writable(window, keep_state, k, y)
         best = writable(carried.best, keep_state, k)
-        write_step(window, k, v, self.config.window, start)
+        write_step(window, k, v, self.settings.window, start)
         current = carried.current
-        if self.config.memory_update == "token":  # Algorithm 1 stores before it attends
+        if self.settings.memory_update == "token":  # Algorithm 1 stores before it attends
             self._store(best, stream)
             current = self._begin_chunk(y, carried, window, best, start)
         else:
             current = self._begin_chunk(y, carried, window, best, start)
             self._store(best, stream)
-        heads = attend_step(q, window, self.config.window, start, current.valid)
+        heads = attend_step(q, window, self.settings.window, start, current.valid)
         if self.gated:
             nothing = torch.zeros_like(current.valid)
-            alone = attend_step(q, window, self.config.window, start, nothing)
+            alone = attend_step(q, window, self.settings.window, start, nothing)
             heads = self._through_gate(alone, heads)
         return heads, window, current, best
 
     def _store(self, best: Tokens, token: Tokens) -> None:
-        if self.config.num_eidetic_tokens:
+        if self.settings.num_eidetic_tokens:
             eidetic.insert_step(best, token)
 
     def _begin_chunk(
@@ -382,9 +387,10 @@ class MemoryAttention(nn.Module):
         start: Int[Tensor, "b"],
     ) -> InUse:  # fmt: skip
         """Rows at the beginning of a chunk get a new memory, written before their window's ring."""
-        begins = start % eidetic.chunk_length(self.config) == 0
-        if not self.has_memory or not may_hold(begins):
+        length = eidetic.chunk_length(self.settings)
+        if not self.has_memory or not some_row(start, lambda read: read % length == 0):
             return carried.current
+        begins = start % length == 0
         fading = self.fading(y, carried.outputs, start, 1, torch.zeros_like(start))
         fresh = eidetic.join(fading, eidetic.as_memory(best))
         for old, new in zip(window, _by_head(fresh), strict=True):
@@ -394,7 +400,7 @@ class MemoryAttention(nn.Module):
         return eidetic.where_rows(begins, tokens, carried.current)
 
     def _attend(self, q, k, v, memory: Memory, length: int, key_valid=None):
-        w = self.config.window
+        w = self.settings.window
         if not self.has_memory:
             return memory_attention(q, k, v, window=w, chunk=None, key_valid=key_valid)
         joint = memory_attention(
@@ -414,12 +420,12 @@ class MemoryAttention(nn.Module):
         self, u: Tensor, state: BMojoState | None, lengths: Tensor | None, keep_state: bool = False
     ) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b k d"] | None]:
         """What keys and values read: u, through the short convolution if there is one."""
-        if not (self.config.key_kernel or keep_state):
+        if not (self.settings.key_kernel or keep_state):
             return u, None
-        taps = max(self.config.key_kernel - 1, 0)
+        taps = max(self.settings.key_kernel - 1, 0)
         tail = state.tail if state else u.new_zeros(u.shape[0], taps, u.shape[2])
         new_tail = slide(tail, u, lengths)
-        if not self.config.key_kernel:
+        if not self.settings.key_kernel:
             return u, new_tail
         past = tail if taps else None
         return causal_conv1d(u, self.key_conv, None, past), new_tail

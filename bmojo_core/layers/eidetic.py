@@ -21,6 +21,7 @@ e_i        score of token i (``selection``)     f        phase: tokens already r
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -32,9 +33,37 @@ from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rows import align, may_hold, places, slide, take, take_places
 from bmojo_core.layers.selection import asks_for
 from bmojo_core.ops import running_top_k
+from bmojo_core.ops.innovation.step import insert_compiled
 
 State = TypeVar("State", bound=tuple)  # a named tuple of tensors
 EMPTY = float("-inf")  # the score of a place that holds nothing
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a layer reads of its configuration at every token, where a look-up there takes
+    microseconds; names and meanings are the configuration's."""
+
+    hidden_size: int
+    head_dim: int
+    window: int
+    num_fading_tokens: int
+    num_eidetic_tokens: int
+    fading_stride: int
+    normalize_fading: bool
+    memory_update: str
+    memory_chunk: int
+    store_in_window: bool
+    selection: str
+    selection_seed: int
+    innovation_taps: int
+    normalize_innovation: bool
+    key_kernel: int
+
+    @classmethod
+    def of(cls, config: BMojoConfig) -> Settings:
+        """Copied from a configuration."""
+        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
 
 
 class Tokens(NamedTuple):
@@ -86,23 +115,23 @@ class Before(NamedTuple):
     key_sum: Float[Tensor, "b g p"] | None
 
 
-def outputs_needed(c: BMojoConfig) -> int:
+def outputs_needed(c: BMojoConfig | Settings) -> int:
     """How many past SSM outputs the predictor and the fading tokens look back on."""
     fading = (c.num_fading_tokens - 1) * c.fading_stride + fading_delay(c)
     return max(c.innovation_taps, fading if c.num_fading_tokens else 0)
 
 
-def needs_key_sum(c: BMojoConfig) -> bool:
+def needs_key_sum(c: BMojoConfig | Settings) -> bool:
     """Whether the selection policy looks at the sum of all past keys."""
     return c.num_eidetic_tokens > 0 and asks_for(c.selection, "past_key_sum")
 
 
-def fading_delay(c: BMojoConfig) -> int:
+def fading_delay(c: BMojoConfig | Settings) -> int:
     """The newest fading token of a chunk that begins at s is y_{s - delay}."""
     return c.window if c.memory_update == "token" else 1
 
 
-def storing_delay(c: BMojoConfig) -> int:
+def storing_delay(c: BMojoConfig | Settings) -> int:
     """How old a token must be to be stored: 0, or old enough to have left every query's window.
 
     A policy that counts the attention received in the window knows the score no earlier.
@@ -113,12 +142,12 @@ def storing_delay(c: BMojoConfig) -> int:
     return c.window if c.memory_update == "token" else c.window - 1
 
 
-def chunk_length(c: BMojoConfig) -> int:
+def chunk_length(c: BMojoConfig | Settings) -> int:
     """Tokens that share one memory."""
     return 1 if c.memory_update == "token" else c.memory_chunk
 
 
-def nothing_before(c: BMojoConfig, like: Float[Tensor, "b l g p"]) -> Before:
+def nothing_before(c: BMojoConfig | Settings, like: Float[Tensor, "b l g p"]) -> Before:
     """What there is before any token: no tokens, outputs zero."""
     b, _, g, p = like.shape
     wide = torch.promote_types(like.dtype, torch.float32)
@@ -180,6 +209,8 @@ def insert_step(best: Tokens, token: Tokens) -> None:
 
     Of equal scores the older stays: among several smallest the youngest is given up.
     """
+    if insert_compiled(best, token):
+        return
     smallest = best.score.amin(1, keepdim=True)
     larger = token.score > smallest  # (b, 1)
     if not may_hold(larger):
@@ -196,7 +227,9 @@ def grid_columns(columns: int, chunk: int) -> int:
     return -(-(chunk - 1 + columns) // chunk) * chunk
 
 
-def fading_positions(c: BMojoConfig, chunks: int, phase: Int[Tensor, "b"]) -> Int[Tensor, "b n f"]:
+def fading_positions(
+    c: BMojoConfig | Settings, chunks: int, phase: Int[Tensor, "b"]
+) -> Int[Tensor, "b n f"]:
     """Column (negative: before the new tokens) of each fading token of each chunk."""
     start = torch.arange(chunks, device=phase.device) * chunk_length(c)
     back = (
@@ -205,7 +238,9 @@ def fading_positions(c: BMojoConfig, chunks: int, phase: Int[Tensor, "b"]) -> In
     return (start[:, None] - back) - phase[:, None, None]
 
 
-def first_fading_positions(c: BMojoConfig, chunks: int, device: torch.device) -> Int[Tensor, "n f"]:
+def first_fading_positions(
+    c: BMojoConfig | Settings, chunks: int, device: torch.device
+) -> Int[Tensor, "n f"]:
     """The same where every row begins with its first token: no phase, no rows."""
     length, delay, stride = chunk_length(c), fading_delay(c), c.fading_stride
     start = torch.arange(0, chunks * length, length, device=device)

@@ -120,8 +120,10 @@ class Mamba(nn.Module):
         if lengths is not None:  # a pad must have Delta exactly 0, which softplus never gives
             delta = F.softplus(delta + bias) * is_valid(lengths, delta.shape[1])[..., None]
             bias, softplus = None, False
+        decay = self.A_log.exp()
+        A = -decay if decay.requires_grad else decay.neg_()  # in place: no second array
         return selective_scan(
-            v, delta, -self.A_log.exp().to(_scan_dtype(v)), B, C, self.D, z,
+            v, delta, A.to(_scan_dtype(v)), B, C, self.D, z,
             delta_bias=bias, delta_softplus=softplus,
             initial_state=None if state is None else state.x, return_last_state=True,
         )  # fmt: skip

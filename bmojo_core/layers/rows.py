@@ -13,6 +13,8 @@ Symbols: b batch, l columns, ... any trailing shape.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
@@ -90,3 +92,10 @@ def may_hold(condition: Bool[Tensor, "*b"]) -> bool:
     if condition.device.type != "cpu" or torch.compiler.is_compiling():
         return True
     return bool(condition.any())
+
+
+def some_row(read: Int[Tensor, "b"], condition: Callable[[int], bool]) -> bool:
+    """`may_hold` of a condition on the tokens that each row has read, asked without a tensor."""
+    if read.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return any(map(condition, read.tolist()))

@@ -15,7 +15,11 @@ from torch import Tensor
 
 from bmojo_core.ops._checks import check_backend, check_companions, check_rank, check_shape
 from bmojo_core.ops.causal_conv.reference import causal_conv1d_reference
-from bmojo_core.ops.causal_conv.step import causal_conv1d_step
+from bmojo_core.ops.causal_conv.step import (
+    causal_conv1d_compiled_step,
+    causal_conv1d_step,
+    runs_compiled,
+)
 
 __all__ = ["causal_conv1d"]
 
@@ -65,6 +69,8 @@ def causal_conv1d(
     Float16 and bfloat16 inputs are accumulated in float32. To continue a sequence, pass the last
     k-1 rows of (initial_state, x) as the next call's `initial_state`.
     """
+    if backend == "auto" and runs_compiled(x, weight, bias, initial_state, activation):
+        return causal_conv1d_compiled_step(x, weight, bias, initial_state)
     b, _, d = check_rank("x", x, "b l d")
     _, k = check_rank("weight", weight, "d k")
     check_shape("weight", weight, {"d": d, "k": k})

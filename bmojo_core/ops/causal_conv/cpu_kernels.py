@@ -8,6 +8,9 @@ Channels run innermost. A task is one sequence.
 
 from numba import njit
 
+from bmojo_core.ops._arrays import floats
+from bmojo_core.ops.selective_scan.cpu_kernels import sigmoid
+
 # Multiply-adds may be fused; nothing else is relaxed, so NaN and infinity go through untouched.
 OPTIONS = {"nogil": True, "cache": True, "fastmath": {"contract"}, "error_model": "numpy"}
 
@@ -53,3 +56,19 @@ def filter_backward(piece, first, last, x, weight, past, da, dx, dweight, dbias,
                     for c in range(d):
                         dpast[row, s + k - 1, c] += weight[j, c] * da[row, t, c]
                         dweight[piece, j, c] += da[row, t, c] * past[row, s + k - 1, c]
+
+
+@njit(**OPTIONS)
+def filter_step(x_at, weight_at, bias_at, past_at, y_at, b, d, k):
+    """One position, with silu: x, y (b, d); weight (d, k); bias (d,); past (b, k-1, d)."""
+    x, y = floats(x_at, (b, d)), floats(y_at, (b, d))
+    weight, bias = floats(weight_at, (d, k)), floats(bias_at, (d,))
+    past = floats(past_at, (b, k - 1, d))
+    for row in range(b):
+        for c in range(d):
+            y[row, c] = bias[c] + weight[c, k - 1] * x[row, c]
+        for j in range(k - 1):
+            for c in range(d):
+                y[row, c] += weight[c, j] * past[row, j, c]
+        for c in range(d):
+            y[row, c] *= sigmoid(y[row, c])

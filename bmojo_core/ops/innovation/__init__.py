@@ -34,7 +34,11 @@ from bmojo_core.ops._checks import (
     compute_dtype,
 )
 from bmojo_core.ops.innovation.reference import innovation_reference, running_top_k_reference
-from bmojo_core.ops.innovation.step import innovation_step
+from bmojo_core.ops.innovation.step import (
+    innovation_compiled_step,
+    innovation_step,
+    runs_compiled,
+)
 from bmojo_core.ops.innovation.top_k import merge_top_k, running_top_k_parallel, top_k
 
 __all__ = [
@@ -90,6 +94,8 @@ def innovation(
 
     Source: B'MOJO, Algorithm 1 step 3; the fixed average follows the authors' answer to reviewers.
     """
+    if backend == "auto" and runs_compiled(y, taps, weights, past):
+        return innovation_compiled_step(y, past)
     b, _, d = check_rank("y", y, "b l d")
     _check_count("taps", taps, 1)
     check_shape("weights", weights, {"taps": taps})

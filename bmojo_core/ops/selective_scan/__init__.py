@@ -18,7 +18,11 @@ from torch import Tensor
 
 from bmojo_core.ops._checks import check_backend, check_companions, check_rank, check_shape
 from bmojo_core.ops.selective_scan.reference import selective_scan_reference
-from bmojo_core.ops.selective_scan.step import selective_scan_step
+from bmojo_core.ops.selective_scan.step import (
+    runs_compiled,
+    selective_scan_compiled_step,
+    selective_scan_step,
+)
 
 __all__ = ["selective_scan"]
 
@@ -90,6 +94,12 @@ def selective_scan(
     have to wait for the answer); it spreads to all later outputs of its channel. Source: the
     B'MOJO paper, section 3; the parametrization is that of Mamba.
     """
+    given = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
+    if backend == "auto" and runs_compiled(*given):
+        y, last_state = selective_scan_compiled_step(
+            u, delta, A, B, C, D, z, delta_bias, initial_state
+        )
+        return (y, last_state) if return_last_state else y
     b, l, d = check_rank("u", u, "b l d")
     _, n = check_rank("A", A, "d n")
     shapes = {
@@ -106,8 +116,7 @@ def selective_scan(
         check_shape(name, tensor, expected)
     check_companions("u", u, {name: tensor for name, (tensor, _) in shapes.items()})
     check_backend(backend, BACKENDS, u.device)
-    arguments = (u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state)
-    y, last_state = _dispatch(_resolve(backend, u), arguments)
+    y, last_state = _dispatch(_resolve(backend, u), given)
     return (y, last_state) if return_last_state else y
 
 
