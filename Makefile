@@ -59,8 +59,8 @@ NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanit
 
 test: $(TEST) ## run the whole suite: unit, property, notebooks (10 minutes)
 	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks,docs,test]"' \
-	  '    pytest -n $(JOBS) tests' '    pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb' ''
-	@$(PY) -m pytest -n $(JOBS) tests
+	  '    pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests' '    pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb' ''
+	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
 	@$(PY) -m pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb
 
 lab: $(NOTEBOOKS) ## open JupyterLab on notebooks/

@@ -17,3 +17,12 @@ _calm = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_
 hypothesis.settings.register_profile("default", **_calm)
 hypothesis.settings.register_profile("ci", **_calm, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+LONG = "site model_invariants compile convert whiteness filtering memory_attention faults upgrade"
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files begin first, so that no process waits for another's at the end."""
+    first = [f"test_{name}" for name in LONG.split()]
+    items.sort(key=lambda item: item.path.stem not in first)

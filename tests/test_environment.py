@@ -176,7 +176,7 @@ def test_targets_print_the_plain_commands_and_install_once(clone: Path) -> None:
     assert first.returncode == 0, first.stderr
     assert "Without make:" in first.stdout
     assert 'pip install -c constraints.txt -e ".[notebooks,docs,test]"' in first.stdout
-    assert "pytest -n 2 tests" in first.stdout
+    assert "pytest -n 2 --dist loadfile --no-loadscope-reorder tests" in first.stdout
     for target in ("test", "lab", "lint"):
         again = _make(clone, target)
         assert again.returncode == 0, again.stderr
