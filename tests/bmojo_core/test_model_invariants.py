@@ -44,6 +44,8 @@ MODELS = st.fixed_dictionaries(
         "position": st.sampled_from(["none", "rope"]),
         "ssm_norms": st.sampled_from([None, "learned"]),
         "conv_kernel": st.integers(1, 4),
+        "fading": st.sampled_from(["selective", "scalar_decay"]),
+        "ssm_head_dim": st.sampled_from([None, 4]),
         "num_experts": st.just(3),
         "num_experts_per_tok": st.just(2),
     }

@@ -13,7 +13,7 @@ The backward pass has the same three steps; R is the gradient of the state after
     du_j    = delta_j [ sum_i L_ij (C_i . B_j) dy_i + exp(s_last - s_j) R B_j ]
     dB_j    = sum_i L_ij delta_j (dy_i . u_j) C_i + exp(s_last - s_j) delta_j R^T u_j
     dC_i    = sum_j L_ij delta_j (dy_i . u_j) B_j + exp(s_i) X^T dy_i          (both over heads)
-    da_m    = sum over everything that passes position m: pairs j < m <= i, X's share in y_i (i >= m)
+    da_m    = the sum of what passes position m: pairs j < m <= i, X's share in y_i (i >= m)
               and in X' (all m), u_j's share in X' (j < m)
 
 The sums s are taken in float64 and kept as a float32 and its remainder, so that their differences
@@ -225,11 +225,14 @@ def _launch_gradients(job: _Job, dy, u, z, B, C, D, times, held, future) -> tupl
     dstep, ddecay = (torch.empty(job.b, job.l, job.h, **wide) for _ in range(2))
     dB, dC = (torch.empty(job.shared[1], job.b, job.l, job.n, **wide) for _ in range(2))
     dD = None if D is None else torch.empty(job.b, job.chunks, u.shape[-1], **wide)
-    kernels.gradients[job.shared](
-        dy, u, z, B, C, D, *times, held, future, du, dz, dB, dC, dD, dstep, ddecay,
-        *_strides(dy, u, z, B, C), job.l, job.chunks, job.per,
-        HAS_Z=z is not None, HAS_D=D is not None, **job.constants,
-        num_warps=8 if job.n > 64 else 4, num_stages=1,
+    sizes = (*_strides(dy, u, z, B, C), job.l, job.chunks)
+    kernels.head_gradients[job.every](
+        dy, u, z, B, C, D, *times, held, future, du, dz, dD, dstep, ddecay, *sizes,
+        HAS_Z=z is not None, HAS_D=D is not None, **job.constants, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    kernels.shared_gradients[job.shared](
+        dy, u, z, B, C, *times, held, future, dB, dC, *sizes, job.per,
+        HAS_Z=z is not None, **job.constants, num_warps=8, num_stages=1,
     )  # fmt: skip
     dB, dC = (x.sum(0).to(u.dtype) for x in (dB, dC))
     dD = None if D is None else dD.sum((0, 1)).to(D.dtype)

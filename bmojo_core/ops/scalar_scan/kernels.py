@@ -72,6 +72,17 @@ def _between(sum_, rest_, at, Q: tl.constexpr):
 
 
 @triton.jit
+def _gated(dy_, z_, place_dy, place_z, first, l, dy_l, z_l, P: tl.constexpr, P_PAD: tl.constexpr,
+           Q: tl.constexpr, HAS_Z: tl.constexpr):  # fmt: skip
+    """Gradient of the output before the gate, in float32."""
+    dy = _tile(dy_ + place_dy, first, l, dy_l, P, P_PAD, Q).to(tl.float32)
+    if HAS_Z:
+        z = _tile(z_ + place_z, first, l, z_l, P, P_PAD, Q).to(tl.float32)
+        dy = dy * z * tl.sigmoid(z)
+    return dy
+
+
+@triton.jit
 def sums(step_, decay_, step, sum_, rest_, l, chunks, H: tl.constexpr, Q: tl.constexpr):
     """Steps by head and chunk, and the running sums of log-decays, summed in float64."""
     k, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -117,10 +128,8 @@ def chunk_state_gradients(
     at = ((b * H + head) * chunks + k) * Q
     i = tl.arange(0, Q)
     fade = tl.exp(tl.load(sum_ + at + i) + tl.load(rest_ + at + i))
-    dy = _tile(dy_ + b * dy_b + head * P, first, l, dy_l, P, P_PAD, Q).to(tl.float32)
-    if HAS_Z:
-        z = _tile(z_ + b * z_b + head * P, first, l, z_l, P, P_PAD, Q).to(tl.float32)
-        dy = dy * z * tl.sigmoid(z)
+    dy = _gated(dy_, z_, b * dy_b + head * P, b * z_b + head * P, first, l, dy_l, z_l,
+                P, P_PAD, Q, HAS_Z)  # fmt: skip
     C = _tile(C_ + b * C_b, first, l, C_l, N, N_PAD, Q)
     asked = tl.dot(tl.trans((dy * fade[:, None]).to(C.dtype)), C, input_precision=PRECISION)
     _store_state(out_ + ((b * chunks + k) * H + head) * P * N, asked, P, N, P_PAD, N_PAD)
@@ -207,76 +216,100 @@ def outputs(
 
 
 @triton.jit
-def gradients(
+def head_gradients(
     dy_, u_, z_, B_, C_, D_, step_, sum_, rest_, state_, future_,
-    du_, dz_, dB_, dC_, dD_, dstep_, ddecay_,
-    dy_b, dy_l, u_b, u_l, z_b, z_l, B_b, B_l, C_b, C_l, l, chunks, per,
+    du_, dz_, dD_, dstep_, ddecay_,
+    dy_b, dy_l, u_b, u_l, z_b, z_l, B_b, B_l, C_b, C_l, l, chunks,
     H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, P_PAD: tl.constexpr, N_PAD: tl.constexpr,
     Q: tl.constexpr, PRECISION: tl.constexpr, HAS_Z: tl.constexpr, HAS_D: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk for `per` heads; those of B and C are summed over these heads."""
+    """Gradients of u, z, D, steps and log-decays of one chunk of one head."""
+    k, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    first = k.to(tl.int64) * Q
+    at = ((b * H + head) * chunks + k) * Q
+    place = ((b * chunks + k) * H + head) * P * N
+    row = b * l * (H * P) + head * P
+    i, p = tl.arange(0, Q), tl.arange(0, P_PAD)
+    t = first + i
+    step = tl.load(step_ + at + i)
+    B = _tile(B_ + b * B_b, first, l, B_l, N, N_PAD, Q)
+    C = _tile(C_ + b * C_b, first, l, C_l, N, N_PAD, Q)
+    u = _tile(u_ + b * u_b + head * P, first, l, u_l, P, P_PAD, Q)
+    X = _state(state_ + place, P, N, P_PAD, N_PAD)
+    R = _state(future_ + place, P, N, P_PAD, N_PAD)  # gradient of the state after the chunk
+    whole = tl.exp(tl.load(sum_ + at + Q - 1) + tl.load(rest_ + at + Q - 1))
+    through = tl.sum(tl.sum(X.to(tl.float32) * R.to(tl.float32), 1), 0) * whole
+    fade = tl.exp(tl.load(sum_ + at + i) + tl.load(rest_ + at + i))
+    seen = tl.dot(C, tl.trans(B), input_precision=PRECISION) * _between(sum_, rest_, at, Q)
+    carried = tl.dot(C, tl.trans(X), input_precision=PRECISION) * fade[:, None]
+    dy = _tile(dy_ + b * dy_b + head * P, first, l, dy_l, P, P_PAD, Q).to(tl.float32)
+    if HAS_D:
+        D = tl.load(D_ + head * P + p, mask=p < P, other=0.0).to(tl.float32)
+    from_carried = tl.sum(dy * carried, 1)
+    if HAS_Z:
+        z = _tile(z_ + b * z_b + head * P, first, l, z_l, P, P_PAD, Q).to(tl.float32)
+        gate = tl.sigmoid(z)
+        from_carried = tl.sum(dy * z * gate * carried, 1)
+        y = tl.dot((seen * step[None, :]).to(u.dtype), u, carried, input_precision=PRECISION)
+        if HAS_D:
+            y += D[None, :] * u.to(tl.float32)
+        dz = dy * y * gate * (1 + z * (1 - gate))
+        _store_tile(dz_ + row, dz, first, l, H * P, P, P_PAD, Q)
+        dy = dy * z * gate
+    if HAS_D:
+        dD = tl.sum(dy * u.to(tl.float32), 0)
+        tl.store(dD_ + ((b * chunks + k) * H + head) * P + p, dD, mask=p < P)
+    narrow = dy.to(u.dtype)
+    pairs = seen * tl.dot(narrow, tl.trans(u), input_precision=PRECISION)  # without the key's step
+    as_key, as_query = tl.sum(pairs, 0), tl.sum(pairs * step[None, :], 1)
+    to_end = _to_end(sum_, rest_, at, Q)
+    du = tl.dot(B, tl.trans(R), input_precision=PRECISION) * to_end[:, None]
+    into = tl.sum(u.to(tl.float32) * du, 1)
+    du = tl.dot(tl.trans(seen.to(u.dtype)), narrow, du, input_precision=PRECISION)
+    du = du * step[:, None]
+    if HAS_D:
+        du += D[None, :] * dy
+    _store_tile(du_ + row, du, first, l, H * P, P, P_PAD, Q)
+    tl.store(dstep_ + (b * l + t) * H + head, as_key + into, mask=t < l)
+    # what passes m: pairs j < m <= i, the old state to outputs i >= m, inputs j < m to the new one
+    balance = as_query - as_key * step + from_carried
+    later = tl.sum(tl.where(i[:, None] >= i[None, :], balance[:, None], 0.0), 0)
+    earlier = tl.sum(tl.where(i[:, None] < i[None, :], (into * step)[:, None], 0.0), 0)
+    tl.store(ddecay_ + (b * l + t) * H + head, later + earlier + through, mask=t < l)
+
+
+@triton.jit
+def shared_gradients(
+    dy_, u_, z_, B_, C_, step_, sum_, rest_, state_, future_, dB_, dC_,
+    dy_b, dy_l, u_b, u_l, z_b, z_l, B_b, B_l, C_b, C_l, l, chunks, per,
+    H: tl.constexpr, P: tl.constexpr, N: tl.constexpr, P_PAD: tl.constexpr, N_PAD: tl.constexpr,
+    Q: tl.constexpr, PRECISION: tl.constexpr, HAS_Z: tl.constexpr,
+):  # fmt: skip
+    """Gradients of B and C of one chunk, summed over `per` heads."""
     k, group, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     first = k.to(tl.int64) * Q
     B = _tile(B_ + b * B_b, first, l, B_l, N, N_PAD, Q)
     C = _tile(C_ + b * C_b, first, l, C_l, N, N_PAD, Q)
-    CB = tl.dot(C, tl.trans(B), input_precision=PRECISION)
     dB = tl.zeros((Q, N_PAD), tl.float32)
     dC = tl.zeros((Q, N_PAD), tl.float32)
-    i, p = tl.arange(0, Q), tl.arange(0, P_PAD)
-    t = first + i
+    i = tl.arange(0, Q)
     for head in range(group * per, tl.minimum(group * per + per, H)):
         at = ((b * H + head) * chunks + k) * Q
         place = ((b * chunks + k) * H + head) * P * N
         step = tl.load(step_ + at + i)
-        fade = tl.exp(tl.load(sum_ + at + i) + tl.load(rest_ + at + i))
-        whole = tl.exp(tl.load(sum_ + at + Q - 1) + tl.load(rest_ + at + Q - 1))
-        to_end = _to_end(sum_, rest_, at, Q)
-        between = _between(sum_, rest_, at, Q)
         u = _tile(u_ + b * u_b + head * P, first, l, u_l, P, P_PAD, Q)
-        u_wide = u.to(tl.float32)
-        dy = _tile(dy_ + b * dy_b + head * P, first, l, dy_l, P, P_PAD, Q).to(tl.float32)
-        X = _state(state_ + place, P, N, P_PAD, N_PAD)
-        R = _state(future_ + place, P, N, P_PAD, N_PAD)  # gradient of the state after the chunk
-        carried = tl.dot(C, tl.trans(X), input_precision=PRECISION) * fade[:, None]
-        seen = CB * between
-        if HAS_D:
-            D = tl.load(D_ + head * P + p, mask=p < P, other=0.0).to(tl.float32)
-        if HAS_Z:
-            z = _tile(z_ + b * z_b + head * P, first, l, z_l, P, P_PAD, Q).to(tl.float32)
-            gate = tl.sigmoid(z)
-            y = tl.dot((seen * step[None, :]).to(u.dtype), u, carried, input_precision=PRECISION)
-            if HAS_D:
-                y += D[None, :] * u_wide
-            dz = dy * y * gate * (1 + z * (1 - gate))
-            _store_tile(dz_ + b * l * (H * P) + head * P, dz, first, l, H * P, P, P_PAD, Q)
-            dy = dy * z * gate
-        dy_narrow = dy.to(u.dtype)
-        agree = between * tl.dot(dy_narrow, tl.trans(u), input_precision=PRECISION)
-        pairs = CB * agree  # of query i and key j, without the key's step
-        received = tl.dot(B, tl.trans(R), input_precision=PRECISION) * to_end[:, None]
-        du = tl.dot(tl.trans(seen.to(u.dtype)), dy_narrow, received, input_precision=PRECISION)
-        du = du * step[:, None]
-        if HAS_D:
-            du += D[None, :] * dy
-            dD = tl.sum(dy * u_wide, 0)
-            tl.store(dD_ + ((b * chunks + k) * H + head) * P + p, dD, mask=p < P)
-        _store_tile(du_ + b * l * (H * P) + head * P, du, first, l, H * P, P, P_PAD, Q)
-        into = tl.sum(u_wide * received, 1)
-        as_key = tl.sum(pairs, 0)
-        as_query = tl.sum(pairs * step[None, :], 1)
-        tl.store(dstep_ + (b * l + t) * H + head, as_key + into, mask=t < l)
-        # a log-decay at m lies between j and i for j < m <= i: pairs, and ends before or behind
-        balance = as_query - as_key * step + tl.sum(dy * carried, 1)
-        later = tl.sum(tl.where(i[:, None] >= i[None, :], balance[:, None], 0.0), 0)
-        earlier = tl.sum(tl.where(i[:, None] < i[None, :], (into * step)[:, None], 0.0), 0)
-        through = tl.sum(tl.sum(X.to(tl.float32) * R.to(tl.float32), 1), 0) * whole
-        tl.store(ddecay_ + (b * l + t) * H + head, later + earlier + through, mask=t < l)
-        agree = (agree * step[None, :]).to(B.dtype)
+        dy = _gated(dy_, z_, b * dy_b + head * P, b * z_b + head * P, first, l, dy_l, z_l,
+                    P, P_PAD, Q, HAS_Z)  # fmt: skip
+        agree = tl.dot(dy.to(u.dtype), tl.trans(u), input_precision=PRECISION)
+        agree = (agree * _between(sum_, rest_, at, Q) * step[None, :]).to(B.dtype)
         dC = tl.dot(agree, B, dC, input_precision=PRECISION)
-        dC = tl.dot((dy * fade[:, None]).to(X.dtype), X, dC, input_precision=PRECISION)
         dB = tl.dot(tl.trans(agree), C, dB, input_precision=PRECISION)
-        drive = (u_wide * (to_end * step)[:, None]).to(R.dtype)
-        dB = tl.dot(drive, R, dB, input_precision=PRECISION)
+        fade = tl.exp(tl.load(sum_ + at + i) + tl.load(rest_ + at + i))
+        X = _state(state_ + place, P, N, P_PAD, N_PAD)
+        dC = tl.dot((dy * fade[:, None]).to(X.dtype), X, dC, input_precision=PRECISION)
+        drive = u.to(tl.float32) * (_to_end(sum_, rest_, at, Q) * step)[:, None]
+        R = _state(future_ + place, P, N, P_PAD, N_PAD)
+        dB = tl.dot(drive.to(R.dtype), R, dB, input_precision=PRECISION)
     share = (group.to(tl.int64) * tl.num_programs(2) + b) * l * N
     _store_tile(dB_ + share, dB, first, l, N, N, N_PAD, Q)
     _store_tile(dC_ + share, dC, first, l, N, N, N_PAD, Q)
