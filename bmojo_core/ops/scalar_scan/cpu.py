@@ -11,6 +11,8 @@ and dtype; differentiable by autograd, which keeps a few tensors of size b l (d 
 chunks of c. Symbols and shapes are those of the package's docstring; k counts chunks.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -39,6 +41,7 @@ def scalar_scan_cpu(
     wide = (t if t is None else t.to(dtype) for t in (u, delta, A, B, C, D, z, initial_state))
     u_wide, delta, A, B, C, D, z, X = wide
     step = step_size(delta, delta_bias, delta_softplus)
+    step = _DenseGradient.apply(step)
     (b, l, d), h, n = u.shape, A.shape[0], B.shape[-1]
     c = min(CHUNK, l)
     X = u_wide.new_zeros(b, h, d // h, n) if X is None else X.unflatten(1, (h, -1))
@@ -50,6 +53,21 @@ def scalar_scan_cpu(
     if z is not None:
         y = y * F.silu(z)
     return y.to(u.dtype), X.flatten(1, 2)
+
+
+class _DenseGradient(torch.autograd.Function):
+    """The identity, whose gradient is laid out as its argument.
+
+    A traced backward pass mistakes the strides that softplus gives to the gradient of a transpose.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _chunked(
