@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3}
 
 
 def numbers_of_tensors_as_numpy_2_4_wants_them() -> None:
-    """A kernel's `range` asks its bounds for integers, which arrays of one element no longer are."""
+    """A kernel's `range` asks its bounds for integers; arrays of one element are none any more."""
     scope = interpreter._LangPatchScope
     set_attr = scope.set_attr
 
@@ -66,9 +66,7 @@ def kernels(**given: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reference(**given: Tensor) -> tuple[Tensor, Tensor]:
-    return scalar_scan(
-        **given, delta_softplus=True, return_last_state=True, backend="reference"
-    )
+    return scalar_scan(**given, delta_softplus=True, return_last_state=True, backend="reference")
 
 
 if __name__ == "__main__":
