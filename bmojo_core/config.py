@@ -5,7 +5,8 @@ A model is a stack of residual sublayers ``h <- h + f(norm(h))``; ``layer_types`
 =====================  ==========================================================================
 sublayer               f
 =====================  ==========================================================================
-``mamba``              selective state-space model: fading memory (section 3.1, appendix E)
+``mamba``              selective state-space model: fading memory (section 3.1, appendix E);
+                       ``fading`` says whether channels or whole heads have their own decay
 ``attention``          full causal attention: eidetic memory of everything
 ``sliding_attention``  causal attention over the last ``window`` inputs
 ``bmojo``              an SSM, and attention over window, fading and eidetic tokens (Algorithm 1)
