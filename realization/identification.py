@@ -115,6 +115,13 @@ def cva(
     """Identify a model by canonical variate analysis; efficient for noise-driven processes.
 
     Parameters, returns and errors are those of `n4sid`.
+
+    Notes
+    -----
+    The state is the n combinations of the past most correlated with the future. Without inputs
+    this is maximum likelihood for long records, if the block rows i outlast the predictor's memory:
+    (A - K C)^i near 0. Where the last states are hardly seen in the record, N4SID and MOESP, which
+    do not weigh the future by what can be predicted of it, can do much worse.
     """
     return _identify(_cva_states, y, u, order, block_rows, stable)
 
@@ -170,7 +177,7 @@ def _moesp_states(data: CompressedData, n: int) -> tuple[Array, Array, Array]:
 def _cva_states(data: CompressedData, n: int) -> tuple[Array, Array, Array]:
     """x_t = J [u_p; y_p], with the same J at t and at t + 1."""
     i, m, p, L = data.i, data.m, data.p, data.L
-    J = np.linalg.pinv(subspace.cva_observability(data, n)) @ subspace.past_effect(data)
+    J = subspace.canonical_variates(data, n)
     a, b = data.inputs, data.regressors
     Up, Yp = L[a : a + i * m], L[a + i * m : b]
     shifted = np.vstack([Up[m:], L[:m], Yp[p:], L[b : b + p]])

@@ -177,10 +177,17 @@ def moesp_observability(data: CompressedData, n: int) -> Array:
     return _leading_factor(data.L32, n)
 
 
-def cva_observability(data: CompressedData, n: int) -> Array:
-    """Gamma from the canonical correlations between past and future; shape (i p, n)."""
-    root, weighted = _canonical(data)
-    return root @ _leading_factor(weighted, n)
+def canonical_variates(data: CompressedData, n: int) -> Array:
+    """J with x = J W_p, the n combinations of the past most correlated with the future.
+
+    (Y Y')^{-1/2} L32 = U S V' gives J = S^{1/2} V' L22^{-1}, shape (n, i (m + p)). The same states
+    as Gamma^+ O only where the rank is exact: with noise, an unweighted Gamma^+ lets what is hard
+    to predict into the state.
+    """
+    a, b = data.inputs, data.regressors
+    _, values, V = np.linalg.svd(_canonical(data)[1], full_matrices=False)
+    J = np.linalg.lstsq(data.L[a:b, a:b].T, V[:n].T, rcond=1e-10)[0].T
+    return np.sqrt(values[:n])[:, None] * J
 
 
 def past_effect(data: CompressedData) -> Array:

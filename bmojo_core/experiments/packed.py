@@ -1,8 +1,9 @@
 """Many small models on one device: the engine behind the sweeps.
 
 A model of a few hundred thousand parameters leaves a GPU idle while the host launches its kernels.
-Here one training step of each model is captured once as a CUDA graph and replayed on a stream of
-its own, so that dozens of runs share the device; on a CPU the same step runs plainly.
+Here one training step of each model is captured as a CUDA graph, once for each difficulty of its
+task, and replayed on a stream of its own, so that dozens of runs share the device; on a CPU the
+same step runs plainly.
 
 A job is plain data (kind, sizes, task, recipe, seed); its result is one JSON record, and a job
 whose record exists is not run again.  Sweeps therefore resume, and can be cut into pieces.
@@ -14,6 +15,7 @@ import hashlib
 import json
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,34 +84,31 @@ def run_jobs(
 ) -> int:
     """Run the jobs without a record in ``folder``, ``together`` at a time; returns how many ran.
 
-    No group is begun after ``seconds``, and jobs that a slow group leaves unfinished at one and a
-    half times that are dropped without a record: the next call runs them.
+    A run that ends is recorded at once and makes place for the next.  None is begun after
+    ``seconds``, and those unfinished at one and a half times that are dropped without a record:
+    the next call runs them.
     """
     folder, begun, done = Path(folder), time.perf_counter(), 0
-    open_jobs = [job for job in jobs if not (folder / f"{job.name}.json").exists()]
+    waiting = deque(job for job in jobs if not (folder / f"{job.name}.json").exists())
     pools: dict[str, RecallPool] = {}
-    while open_jobs and time.perf_counter() - begun < seconds:
-        group, open_jobs = open_jobs[:together], open_jobs[together:]
-        for job in group:
+    active: list[_Running] = []
+    while (age := time.perf_counter() - begun) < 1.5 * seconds:
+        while waiting and len(active) < together and age < seconds:
+            job = waiting.popleft()
             key = json.dumps(job.task, sort_keys=True)
             if key not in pools:
                 pools[key] = make_pool(job.task, device)
-        runs = [_Running(job, pools[json.dumps(job.task, sort_keys=True)], device) for job in group]
-        _train_together(runs, begun + 1.5 * seconds)
-        for run in runs:
-            if run.finished:
-                write_json(folder / f"{run.job.name}.json", run.record())
-                say(run.summary())
-                done += 1
-    return done
-
-
-def _train_together(runs: list[_Running], deadline: float) -> None:
-    while active := [run for run in runs if not run.finished]:
-        if time.perf_counter() > deadline:
-            return
+            active.append(_Running(job, pools[key], device))
+        if not active:
+            break
         for run in active:
             run.advance()
+        for run in (run for run in active if run.finished):
+            write_json(folder / f"{run.job.name}.json", run.record())
+            say(run.summary())
+            done += 1
+        active = [run for run in active if not run.finished]
+    return done
 
 
 class _Running:
@@ -136,9 +135,9 @@ class _Running:
         self.stream = torch.cuda.Stream() if graphed else None
         self.replay = self._capture() if graphed else self._plain_step
 
-    def _plain_step(self) -> None:
+    def _plain_step(self, difficulty: str) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        read = self.buffers
+        read = self.buffers[difficulty]
         logits = answers(self.model, read.ids, read.positions, read.scores)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), read.targets.long().flatten())
         loss.backward()
@@ -146,22 +145,27 @@ class _Running:
         self.optimizer.step()
         self.loss.copy_(loss.detach())
 
-    def _capture(self) -> Callable[[], None]:
-        """The step as a graph.  Warm-up steps run at rate zero and are then forgotten."""
+    def _capture(self) -> Callable[[str], None]:
+        """The step of every difficulty as a graph, in one pool of memory: one runs at a time.
+
+        Warm-up steps run at rate zero and are then forgotten.
+        """
         self.pool.draw(self.buffers, self.choice, self.generator)
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
-            for _ in range(3):
-                self._plain_step()
+            for name in self.pool.names:
+                self._plain_step(name)
         self.stream.synchronize()
-        self.optimizer.zero_grad(set_to_none=True)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self._plain_step()
+        graphs, memory = {}, torch.cuda.graph_pool_handle()
+        for name in self.pool.names:
+            self.optimizer.zero_grad(set_to_none=True)
+            graphs[name] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[name], pool=memory, stream=self.stream):
+                self._plain_step(name)
         for state in self.optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        return graph.replay
+        return lambda name: graphs[name].replay()
 
     def advance(self) -> None:
         """One step; evaluation and early stop where they are due."""
@@ -172,13 +176,11 @@ class _Running:
         if self.stream is None:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            self.pool.draw(self.buffers, self.choice, self.generator)
-            self.replay()
+            self.replay(self.pool.draw(self.buffers, self.choice, self.generator))
         else:
             with torch.cuda.stream(self.stream):
                 self.lr.fill_(rate)
-                self.pool.draw(self.buffers, self.choice, self.generator)
-                self.replay()
+                self.replay(self.pool.draw(self.buffers, self.choice, self.generator))
         every = self.job.evaluate_every or self.job.steps
         if self.step % every == 0 or self.step == self.job.steps:
             self._evaluate()

@@ -1,8 +1,8 @@
 """Examples of the recall tasks kept on the device, in the layout that a captured step reads.
 
-Scored columns are given as positions and targets of fixed size (unused places have target -100),
-so that shapes never change.  A pool has one training set for each difficulty; every batch is drawn
-from one of them.  Held-out sets may be longer than the training sets.
+A pool has one training set for each difficulty; every batch is drawn from one of them.  Scored
+columns are given as positions and targets of one size for each difficulty (unused places have
+target -100), so that its shapes never change.  Held-out sets may be longer than the training sets.
 
 Symbols: N examples of one difficulty, L sequence length, b batch, q places for answers.
 """
@@ -54,14 +54,10 @@ class Examples:
     targets: Int[Tensor, "N q"]
     useful: Float[Tensor, "L"]
 
-    def to(self, device: str, places: int) -> Examples:
-        """On a device, with room for ``places`` answers."""
-        more = places - self.positions.shape[1]
-        pad = torch.nn.functional.pad
-        return Examples(
-            self.ids.to(device), pad(self.positions, (0, more)).to(device),
-            pad(self.targets, (0, more), value=UNSCORED).to(device), self.useful.to(device),
-        )  # fmt: skip
+    def to(self, device: str) -> Examples:
+        """On a device."""
+        parts = (self.ids, self.positions, self.targets, self.useful)
+        return Examples(*(x.to(device) for x in parts))
 
 
 class RecallPool:
@@ -82,28 +78,30 @@ class RecallPool:
         device: str = "cpu",
     ) -> None:  # fmt: skip
         self.vocab_size, self.names = vocab_size, list(train)
-        self.places = max(e.positions.shape[1] for e in train.values())
-        self.train = {name: e.to(device, self.places) for name, e in train.items()}
-        self.held_out = {name: e.to(device, e.positions.shape[1]) for name, e in held_out.items()}
+        self.train = {name: e.to(device) for name, e in train.items()}
+        self.held_out = {name: e.to(device) for name, e in held_out.items()}
 
-    def buffers(self, batch: int) -> Buffers:
-        """Static tensors for one step."""
-        ids = self.train[self.names[0]].ids
-        narrow = dict(dtype=torch.int16, device=ids.device)
-        shape = (batch, self.places)
-        return Buffers(
-            torch.zeros(batch, ids.shape[1], **narrow), torch.zeros(shape, **narrow),
-            torch.zeros(shape, **narrow), torch.zeros(batch, ids.shape[1], device=ids.device),
-        )  # fmt: skip
+    def buffers(self, batch: int) -> dict[str, Buffers]:
+        """Static tensors for one step of each difficulty."""
+        return {
+            name: Buffers(
+                *(x.new_zeros(batch, x.shape[1]) for x in (e.ids, e.positions, e.targets)),
+                e.useful.expand(batch, -1).clone(),
+            )
+            for name, e in self.train.items()
+        }
 
-    def draw(self, into: Buffers, choice: random.Random, generator: torch.Generator) -> None:
-        """Fill the buffers with a random batch of a random difficulty."""
-        source = self.train[choice.choice(self.names)]
-        b = into.ids.shape[0]
-        rows = torch.randint(len(source.ids), (b,), generator=generator, device=into.ids.device)
+    def draw(
+        self, into: dict[str, Buffers], choice: random.Random, generator: torch.Generator
+    ) -> str:
+        """Fill the buffers of a random difficulty with a random batch of it; returns its name."""
+        name = choice.choice(self.names)
+        source, filled = self.train[name], into[name]
+        device, batch = source.ids.device, len(filled.ids)
+        rows = torch.randint(len(source.ids), (batch,), generator=generator, device=device)
         for field in ("ids", "positions", "targets"):
-            torch.index_select(getattr(source, field), 0, rows, out=getattr(into, field))
-        into.scores.copy_(source.useful.expand(b, -1))
+            torch.index_select(getattr(source, field), 0, rows, out=getattr(filled, field))
+        return name
 
     @torch.no_grad()
     def evaluate(self, model: torch.nn.Module, tokens: int = 1 << 15) -> dict[str, float]:

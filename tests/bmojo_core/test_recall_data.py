@@ -122,7 +122,7 @@ def test_transformers_own_models_run_through_the_same_engine(kind, tmp_path):
     assert record["state_bytes"] is None and "kept" not in record["evaluations"][0]
     pool = make_pool(data)
     buffers = pool.buffers(4)
-    pool.draw(buffers, random.Random(0), torch.Generator().manual_seed(0))
+    buffers = buffers[pool.draw(buffers, random.Random(0), torch.Generator().manual_seed(0))]
     at = buffers.positions.long()
     logits = answers(model, buffers.ids, buffers.positions, buffers.scores)
     whole = model(input_ids=buffers.ids.long()).logits

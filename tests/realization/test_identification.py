@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from random_models import random_realization, seeds
+from random_models import random_A, random_realization, seeds
 from random_systems import random_system
 
 from realization import (
@@ -15,6 +15,7 @@ from realization import (
     cva,
     estimate_order,
     innovation_form,
+    innovations_model,
     kalman_filter,
     moesp,
     n4sid,
@@ -164,6 +165,21 @@ def test_compression_by_structure_equals_orthogonal_triangularization():
     exact = StateSpace(*(np.array(M) for M in ([[0.5]], [[1.0]], [[1.0]], [[0.0]]))).simulate(u)
     values = np.linalg.svd(compress(exact, u, 4).L32, compute_uv=False)
     assert values[1] < 1e-12 * values[0]
+
+
+@settings(max_examples=15)
+@given(seed=seeds, n=st.integers(1, 6), p=st.integers(1, 3), radius=st.floats(0.3, 0.9))
+def test_cva_is_as_likely_as_the_system_that_made_the_data(seed, n, p, radius):
+    """CVA is asymptotically maximum likelihood, which the truth cannot beat by more than chance."""
+    rng = np.random.default_rng(seed)
+    A, C, K = random_A(rng, n, radius), rng.standard_normal((p, n)), rng.standard_normal((n, p))
+    P = scipy.linalg.solve_discrete_lyapunov(A, K @ K.T)  # A - K C need not be stable here
+    true = innovations_model(A, C, A @ P @ C.T + K, C @ P @ C.T + np.eye(p))
+    assume(np.abs(np.linalg.eigvals(true.A - true.K @ true.C)).max() < 0.8)  # forgets in 20 steps
+    y = StateSpace(A, K, C, np.eye(p)).simulate(rng.standard_normal((4000, p)))
+    found = cva(y, order=n, block_rows=20)
+    excess = kalman_filter(true, y).loglik - kalman_filter(found, y).loglik
+    assert excess < 0.01 * len(y)  # nats a sample
 
 
 # --- order, stability, excitation -----------------------------------------------------------------
