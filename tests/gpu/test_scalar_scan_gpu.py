@@ -37,7 +37,7 @@ def run(backend, delta_softplus=True):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("l", LENGTHS)
 def test_matches_reference(draw, compare, poisoned, l, dtype):
-    h, p, n = (5, 64, 64) if l < 5000 else (2, 24, 16)
+    h, p, n = (5, 64, 64) if l < 5000 else (8, 8, 16)
     inputs = problem(draw, 2 if l < 5000 else 1, l, h, p, n, dtype)
     poisoned()
     compare(run("gpu"), run("reference"), inputs, dtype)
@@ -46,10 +46,10 @@ def test_matches_reference(draw, compare, poisoned, l, dtype):
 @pytest.mark.parametrize("n", (1, 3, 16, 20, 64, 100, 128))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_any_number_of_states(draw, compare, n, dtype):
-    compare(run("gpu"), run("reference"), problem(draw, 2, 130, 3, 20, n, dtype), dtype)
+    compare(run("gpu"), run("reference"), problem(draw, 2, 130, 6, 20, n, dtype), dtype)
 
 
-@pytest.mark.parametrize("h, p", ((1, 1), (3, 7), (9, 16), (2, 50), (11, 64)))
+@pytest.mark.parametrize("h, p", ((8, 1), (6, 7), (9, 16), (5, 50), (11, 64)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_any_width(draw, compare, h, p, dtype):
     compare(run("gpu"), run("reference"), problem(draw, 2, 65, h, p, 16, dtype), dtype)
@@ -57,7 +57,7 @@ def test_any_width(draw, compare, h, p, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_the_widest_heads_with_the_most_states(draw, compare, dtype):
-    compare(run("gpu"), run("reference"), problem(draw, 2, 200, 3, 64, 128, dtype), dtype)
+    compare(run("gpu"), run("reference"), problem(draw, 2, 200, 6, 64, 128, dtype), dtype)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
