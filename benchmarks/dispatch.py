@@ -128,7 +128,7 @@ def _given(*tensors: Tensor | None) -> list[Tensor]:
 
 def _scan(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False,
           initial_state=None, return_last_state=False):  # fmt: skip
-    state = (u.shape[0], *A.shape)
+    state = (u.shape[0], u.shape[2], B.shape[2])
     inputs = _given(u, delta, A, B, C, D, z, delta_bias, initial_state)
     y, last = _Kernel.apply((u.shape, state), (u.dtype, torch.float32), *inputs)
     return (y, last) if return_last_state else y
@@ -162,6 +162,7 @@ def as_kernels() -> Iterator[None]:
     """The layers' operations replaced by allocations of what they return."""
     with (
         patch.object(mamba, "selective_scan", _scan),
+        patch.object(mamba, "scalar_scan", _scan),
         patch.object(mamba, "causal_conv1d", _conv),
         patch.object(bmojo, "causal_conv1d", _conv),
         patch.object(bmojo, "memory_attention", _attention),

@@ -1,12 +1,15 @@
 """Time and peak memory of the GPU operations beside their floors and their peers.
 
-    python benchmarks/ops_gpu.py [--only scan,conv,innovation,attention] [--output FILE.json]
+    python benchmarks/ops_gpu.py [--only scan,scalar_scan,...] [--output FILE.json]
 
 Every case is a median of device times between events, with the work queued ahead so that the time
 of the Python side stays out; both sides of a ratio run in this process on the same tensors. Floors:
 
 - bytes: every input read once and every output written once, at the copy rate measured here;
 - exponentials: one for each (channel, state, step), at 16 a clock and multiprocessor.
+
+The scalar scan (one decay a head of 64 channels, N = 64 and 128) stands beside the selective scan
+(N = 16) of the same shape. A case that fails leaves its error in the record, and the rest go on.
 
 mamba-ssm is compared with where it is installed; torch's flash attention (two calls merged by
 log-sum-exp) and FlexAttention (compiled) always.
@@ -33,6 +36,7 @@ from bmojo_core.ops import (
     innovation,
     memory_attention,
     running_top_k,
+    scalar_scan,
     selective_scan,
 )
 
@@ -46,6 +50,7 @@ ATTENTIONS = (  # length, key heads, memory tokens; 16384 tokens, 16 heads of 12
     (131072, 16, 128),
 )
 LARGEST_CLOCK_KHZ = 1_980_000  # H100 and H200
+SCALAR_STATES, SCALAR_WIDTH = (64, 128), 64
 STATES, TAPS, HEADS, WIDTH, WINDOW, CHUNK = 16, 4, 16, 128, 512, 512
 
 
@@ -157,6 +162,91 @@ def mamba_case(inputs: list[Tensor], weight: Tensor, ours: Callable[[], Tensor])
         peak_mib=peak_of(with_gradient(theirs, leaves, weight)),
         relative_difference=apart,
     )
+
+
+def scalar_scan_case(shape: tuple[int, int, int], n: int, copies: float) -> dict:
+    """One decay a head, beside our selective scan of the same shape and mamba-ssm's own kernels."""
+    b, l, d = shape
+    h = d // SCALAR_WIDTH
+    u, z, B, C = normal(b, l, d), normal(b, l, d), normal(b, l, n), normal(b, l, n)
+    delta, D = normal(b, l, h), torch.randn(d, device="cuda", requires_grad=True)
+    A = (-torch.exp(0.5 * torch.randn(h, device="cuda"))).requires_grad_()
+    bias = (torch.randn(h, device="cuda") - 4).requires_grad_()
+    inputs, weight = [u, delta, A, B, C, D, z, bias], torch.randn_like(u)
+
+    def ours() -> Tensor:
+        return scalar_scan(u, delta, A, B, C, D, z, bias, True, backend="gpu")
+
+    row = u.numel() * u.element_size()
+    result = dict(
+        shape=list(shape),
+        states=n,
+        head_width=SCALAR_WIDTH,
+        **timed(ours, inputs, weight),
+        floors_ms=dict(forward_bytes=3 * row / copies, forward_backward_bytes=8 * row / copies),
+        selective_scan=guarded(lambda: selective_times(u.detach(), z.detach(), weight)),
+    )
+    if importlib.util.find_spec("mamba_ssm") is not None:
+        result["mamba_ssm"] = guarded(lambda: mamba_chunk_case(inputs, weight, ours))
+    return result
+
+
+def timed(call: Callable[[], Tensor], inputs: list[Tensor], weight: Tensor) -> dict[str, float]:
+    """Forward, forward and backward, and the peak memory of both."""
+    return dict(
+        forward_ms=time_of(without_gradient(call)),
+        forward_backward_ms=time_of(with_gradient(call, inputs, weight)),
+        peak_mib=peak_of(with_gradient(call, inputs, weight)),
+    )
+
+
+def selective_times(u: Tensor, z: Tensor, weight: Tensor) -> dict[str, float]:
+    """Our selective scan, N = 16, on the same input and gate."""
+    b, l, d = u.shape
+    u, z, delta = u.clone().requires_grad_(), z.clone().requires_grad_(), normal(b, l, d)
+    B, C = (normal(b, l, STATES) for _ in range(2))
+    A = (-torch.exp(0.5 * torch.randn(d, STATES, device="cuda"))).requires_grad_()
+    D = torch.randn(d, device="cuda", requires_grad=True)
+    bias = (torch.randn(d, device="cuda") - 4).requires_grad_()
+
+    def call() -> Tensor:
+        return selective_scan(u, delta, A, B, C, D, z, bias, True, backend="gpu")
+
+    return dict(states=STATES) | timed(call, [u, delta, A, B, C, D, z, bias], weight)
+
+
+def mamba_chunk_case(inputs: list[Tensor], weight: Tensor, ours: Callable[[], Tensor]) -> dict:
+    """mamba-ssm's state-space duality on the same numbers, chunks of 256 as in its own layer."""
+    import mamba_ssm
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    u, delta, A, B, C, D, z, bias = (x.detach().clone() for x in inputs)
+    leaves = [x.requires_grad_() for x in (u, delta, A, B, C, D, z, bias)]
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, SCALAR_WIDTH))
+
+    def theirs() -> Tensor:
+        y = mamba_chunk_scan_combined(
+            heads(u), delta, A, B.unsqueeze(2), C.unsqueeze(2), 256, D=heads(D), z=heads(z),
+            dt_bias=bias, dt_softplus=True,
+        )  # fmt: skip
+        return y.flatten(2)
+
+    with torch.no_grad():
+        y = theirs().float()
+        apart = ((ours().float() - y).norm() / y.norm()).item()
+    times = timed(theirs, leaves, weight)
+    return dict(version=mamba_ssm.__version__, **times, relative_difference=apart)
+
+
+def guarded(case: Callable[[], dict]) -> dict:
+    """A case's result or, where it fails, what went wrong: the others are not lost with it."""
+    try:
+        return case()
+    except Exception as error:
+        torch.cuda.empty_cache()
+        return dict(error=f"{type(error).__name__}: {error}"[:2000])
 
 
 def conv_case(shape: tuple[int, int, int], copies: float) -> dict:
@@ -277,6 +367,9 @@ def measure(only: set[str]) -> dict:
     copies, exponentials = copy_rate(), exponential_rate()
     cases: dict[str, list[Callable[[], dict]]] = {
         "scan": [lambda s=s: scan_case(s, copies, exponentials) for s in SCANS],
+        "scalar_scan": [
+            lambda s=s, n=n: scalar_scan_case(s, n, copies) for s in SCANS for n in SCALAR_STATES
+        ],
         "conv": [lambda s=s: conv_case(s, copies) for s in SCANS],
         "innovation": [lambda k=k: innovation_case(16384, 2048, k, copies) for k in (64, 512)],
         "attention": [lambda a=a: attention_case(*a) for a in ATTENTIONS],
@@ -296,13 +389,13 @@ def measure(only: set[str]) -> dict:
     )
     for name in cases:
         if name in only:
-            results[name] = [case() for case in tqdm(cases[name], desc=name)]
+            results[name] = [guarded(case) for case in tqdm(cases[name], desc=name)]
     return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="scan,conv,innovation,attention")
+    parser.add_argument("--only", default="scan,scalar_scan,conv,innovation,attention")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_ops_gpu.json"))
     arguments = parser.parse_args()
     results = measure(set(arguments.only.split(",")))

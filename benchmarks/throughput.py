@@ -10,6 +10,9 @@ attention, with as many parameters.  The order of lengths is chosen so that a ru
     python benchmarks/throughput.py --presets 3b --no-backward --lengths 2048 8192 32768
     python benchmarks/throughput.py --presets 1.4b --kv-heads 4 --out grouped.json
 
+    python benchmarks/throughput.py --fading selective scalar_decay --out fading.json
+
+A row that fails (out of memory, a kernel) holds its ``error``, and the next go on.
 ``against_bars`` in the record holds B'MOJO's times over the Transformer's and the bars for them.
 """
 
@@ -19,6 +22,7 @@ import argparse
 import gc
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,8 @@ from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.training import provenance, write_json
 
 TOKENS = 16_384
+WITHOUT_SSM = ("transformer", "mistral")
+FADINGS = ("selective", "scalar_decay")
 KINDS = ("bmojo", "bmojo_f", "hybrid", "mamba", "transformer", "mistral")
 # Forward and backward of B'MOJO over our Transformer's of equal size, by context length.
 BARS = {2048: 1.25, 8192: 1.0, 32768: 0.5}
@@ -92,15 +98,20 @@ def against_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Forward and backward where it was timed, else forward.
     """
-    by = {(r["preset"], r["kind"], r["length"]): r for r in rows}
+    by = {
+        (r["preset"], r["kind"], r["length"], _fading(r["kind"], r.get("fading", FADINGS[0]))): r
+        for r in rows
+        if "error" not in r
+    }
     found = []
-    for (preset, kind, length), ours in by.items():
+    for (preset, kind, length, fading), ours in by.items():
         if kind != "bmojo":
             continue
         column = "forward_backward_ms" if "forward_backward_ms" in ours else "forward_ms"
         entry: dict[str, Any] = {"preset": preset, "length": length, "column": column}
+        entry |= {} if fading == FADINGS[0] else {"fading": fading}
         for peer in ("transformer", "mistral", "mamba", "hybrid", "bmojo_f"):
-            theirs = by.get((preset, peer, length))
+            theirs = by.get((preset, peer, length, _fading(peer, fading)))
             if theirs is not None and column in theirs:
                 entry[f"over_{peer}"] = round(ours[column] / theirs[column], 3)
         bar = BARS.get(length)
@@ -108,6 +119,10 @@ def against_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             entry |= {"bar": bar, "met": entry["over_transformer"] <= bar}
         found.append(entry)
     return found
+
+
+def _fading(kind: str, fading: str) -> str | None:
+    return None if kind in WITHOUT_SSM else fading
 
 
 def _median_ms(work, repeats: int, device: torch.device) -> float:
@@ -138,30 +153,42 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--kv-heads", type=int, help="key-value heads, for attention in groups")
+    parser.add_argument("--fading", nargs="+", choices=FADINGS, default=["selective"])
     parser.add_argument("--no-backward", action="store_true", help="forward only, for large models")
     arguments = parser.parse_args()
     begun, rows = time.perf_counter(), []
     changes = {} if arguments.kv_heads is None else {"num_kv_heads": arguments.kv_heads}
-    for preset in arguments.presets:
-        for kind in arguments.kinds:
-            if time.perf_counter() - begun > arguments.seconds:
-                break
-            model = build(kind, preset, arguments.device, **changes)
-            count = sum(p.numel() for p in model.parameters())
-            for length in arguments.lengths:
-                row = {"preset": preset, "kind": kind, "parameters": count, "length": length}
-                tokens = max(arguments.tokens, length)
-                row |= {"tokens": tokens, "num_kv_heads": model.config.num_key_value_heads}
-                row |= measure(model, length, tokens, backward=not arguments.no_backward)
-                rows.append(row)
-                print(row, flush=True)
-                record = {"tokens": arguments.tokens, "rows": rows, **provenance()}
-                record["against_bars"] = against_bars(rows)
-                write_json(Path(arguments.out), record)
-            del model
-            gc.collect()
-            if arguments.device == "cuda":
-                torch.cuda.empty_cache()
+    for preset, kind, fading in product(arguments.presets, arguments.kinds, arguments.fading):
+        if kind in WITHOUT_SSM and fading != arguments.fading[0]:
+            continue  # the same model
+        if time.perf_counter() - begun > arguments.seconds:
+            break
+        model = build(kind, preset, arguments.device, fading=fading, **changes)
+        count = sum(p.numel() for p in model.parameters())
+        for length in arguments.lengths:
+            row = {"preset": preset, "kind": kind, "parameters": count, "length": length}
+            tokens = max(arguments.tokens, length)
+            row |= {"tokens": tokens, "num_kv_heads": model.config.num_key_value_heads}
+            row |= {} if kind in WITHOUT_SSM else {"fading": fading}
+            row |= _measured(model, length, tokens, backward=not arguments.no_backward)
+            rows.append(row)
+            print(row, flush=True)
+            record = {"tokens": arguments.tokens, "rows": rows, **provenance()}
+            record["against_bars"] = against_bars(rows)
+            write_json(Path(arguments.out), record)
+        del model
+        gc.collect()
+        if arguments.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measured(model: torch.nn.Module, length: int, tokens: int, backward: bool) -> dict[str, Any]:
+    """What ``measure`` says or, where it fails, the error: other rows are not lost with it."""
+    try:
+        return measure(model, length, tokens, backward=backward)
+    except Exception as error:
+        model.zero_grad(set_to_none=True)
+        return {"error": f"{type(error).__name__}: {error}"[:2000]}
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ A model is a stack of residual sublayers ``h <- h + f(norm(h))``; ``layer_types`
 =====================  ==========================================================================
 sublayer               f
 =====================  ==========================================================================
-``mamba``              selective state-space model: fading memory (section 3.1, appendix E)
+``mamba``              selective state-space model: fading memory (section 3.1, appendix E);
+                       ``fading`` says whether channels or whole heads have their own decay
 ``attention``          full causal attention: eidetic memory of everything
 ``sliding_attention``  causal attention over the last ``window`` inputs
 ``bmojo``              an SSM, and attention over window, fading and eidetic tokens (Algorithm 1)
@@ -94,8 +95,18 @@ class BMojoConfig(PretrainedConfig):
     key_kernel
         Length of a short causal convolution on what attention's keys and values read, initialised
         to the identity; 0 for none (the paper's attention has none).
+    fading
+        How the SSM's state decays, a name in ``bmojo_core.layers.mamba.FADINGS``.
+        ``"selective"``: each channel and state by itself, which is the paper's fading memory
+        (Mamba's selective scan).  ``"scalar_decay"``: all states of a head alike, as in Mamba-2,
+        so that matrix units can compute the scan.  The latter is not in the paper; what it is worth
+        in quality and in time has not been measured yet.
+    ssm_head_dim
+        Channels of a head of ``"scalar_decay"``; None is the largest divisor of the inner width
+        that is at most 64.
     state_size, conv_kernel, expand, dt_rank
-        The SSM: n states a channel, convolution taps, inner width / d, rank of delta's projection.
+        The SSM: n states a channel (None is 16, and 64 for ``"scalar_decay"``), convolution taps,
+        inner width / d, rank of delta's projection.
     ssm_intermediate_size
         Inner width of the SSM; overrides ``expand``.
     ssm_norms
@@ -149,7 +160,9 @@ class BMojoConfig(PretrainedConfig):
         memory_gates: bool = False,
         store_in_window: bool = True,
         key_kernel: int = 0,
-        state_size: int = 16,
+        fading: str = "selective",
+        ssm_head_dim: int | None = None,
+        state_size: int | None = None,
         conv_kernel: int = 4,
         expand: float = 2,
         dt_rank: int | None = None,
@@ -187,6 +200,8 @@ class BMojoConfig(PretrainedConfig):
         for name, value in own.items():
             setattr(self, name, value)
         self.num_kv_heads = num_kv_heads if num_kv_heads is not None else num_heads
+        if state_size is None:
+            self.state_size = 64 if fading == "scalar_decay" else 16
         _check(self)
         self.layer_types = list(layer_types or ("bmojo",) * num_layers)
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_heads
@@ -194,6 +209,7 @@ class BMojoConfig(PretrainedConfig):
         self.memory_chunk = memory_chunk if memory_chunk is not None else window
         self.dt_rank = dt_rank if dt_rank is not None else math.ceil(hidden_size / 16)
         self.ssm_intermediate_size = ssm_intermediate_size or int(expand * hidden_size)
+        self.ssm_head_dim = ssm_head_dim or _divisor(self.ssm_intermediate_size, at_most=64)
         self.intermediate_size = intermediate_size or _matching_width(self, "feedforward")
         _check_derived(self)
         # transformers finds a model's class by its configuration: whoever has one has the other.
@@ -213,7 +229,8 @@ class BMojoConfig(PretrainedConfig):
     def mamba(cls, **sizes: Any) -> BMojoConfig:
         """Two selective state-space layers a block, as wide as the parameter count allows."""
         probe = cls(**{**sizes, "layer_types": None})
-        width = sizes.get("ssm_intermediate_size") or _matching_width(probe, "mamba")
+        heads_of = sizes.get("ssm_head_dim") if probe.fading == "scalar_decay" else None
+        width = sizes.get("ssm_intermediate_size") or _matching_width(probe, "mamba", heads_of)
         return cls._stack(("mamba", "mamba"), {**sizes, "ssm_intermediate_size": width})
 
     @classmethod
@@ -304,8 +321,9 @@ def sublayer_parameters(config: BMojoConfig, sublayer: str, width: int | None = 
         return d + (mlp if sublayer == "feedforward" else experts * (mlp + d))
     n, k, r = config.state_size, config.conv_kernel, config.dt_rank
     e = width or config.ssm_intermediate_size
-    per_channel = 3 * d + k + (r + 2 * n) + r + 1 + n + 1
+    per_channel = 3 * d + k + (r + 2 * n) + 1
     ssm = e * (per_channel + bias(config.conv_bias)) + bias(config.ssm_bias) * (2 * e + d) + d
+    ssm += _decay_parameters(config, e)
     ssm += (r + 2 * n) * bias(config.ssm_norms == "learned")
     if sublayer == "mamba":
         return ssm
@@ -323,14 +341,25 @@ def sublayer_parameters(config: BMojoConfig, sublayer: str, width: int | None = 
     )  # fmt: skip
 
 
+def _decay_parameters(config: BMojoConfig, width: int) -> int:
+    """Those of delta's projection and of A, which have a row a channel or a head."""
+    if config.fading == "scalar_decay":
+        heads = width // config.ssm_head_dim
+        return heads * (config.dt_rank + 1) + heads
+    return width * (config.dt_rank + 1) + width * config.state_size
+
+
 def _has_predictor(config: BMojoConfig) -> bool:
     from bmojo_core.layers.selection import asks_for
 
     return config.num_eidetic_tokens > 0 and asks_for(config.selection, "predictor")
 
 
-def _matching_width(config: BMojoConfig, sublayer: str) -> int:
-    """Inner width that gives a Transformer's or a Mamba's block the size of a hybrid's block."""
+def _matching_width(config: BMojoConfig, sublayer: str, multiple: int | None = None) -> int:
+    """Inner width that gives a Transformer's or a Mamba's block the size of a hybrid's block.
+
+    A multiple of what is given, or of a power of two that fits the width.
+    """
     target = sublayer_parameters(config, "mamba", _base_width(config))
     target += sublayer_parameters(config, "attention")
     if sublayer == "feedforward":
@@ -339,12 +368,20 @@ def _matching_width(config: BMojoConfig, sublayer: str) -> int:
         target = target / 2
     at_0, at_64 = (sublayer_parameters(config, sublayer, w) for w in (64, 128))
     width = 64 + (target - at_0) * 64 / (at_64 - at_0)
-    multiple = 4 if width < 256 else 16
+    if multiple is None:
+        multiple = 4 if width < 256 else 16
+        if sublayer == "mamba" and config.fading == "scalar_decay" and width >= 1024:
+            multiple = 64  # whole heads of 64
     return max(multiple, round(width / multiple) * multiple)
 
 
 def _base_width(config: BMojoConfig) -> int:
     return int(config.expand * config.hidden_size)
+
+
+def _divisor(width: int, at_most: int) -> int:
+    """The largest divisor of ``width`` that is at most ``at_most``."""
+    return next(k for k in range(min(width, at_most), 0, -1) if width % k == 0)
 
 
 _FIELDS = frozenset(inspect.signature(BMojoConfig.__init__).parameters) - {"self", "kwargs"}
@@ -372,6 +409,7 @@ def _check(c: BMojoConfig) -> None:
     for name in ("num_experts_per_tok", "selection_seed"):
         _require_int(c, name, at_least=0)
     optional = ("memory_chunk", "dt_rank", "ssm_intermediate_size", "intermediate_size", "head_dim")
+    optional += ("ssm_head_dim",)
     for name in optional:
         if getattr(c, name) is not None:
             _require_int(c, name, at_least=1)
@@ -380,6 +418,7 @@ def _check(c: BMojoConfig) -> None:
     _require_choice(c, "memory_projections", ("shared", "separate"))
     _require_choice(c, "position", ("none", "rope"))
     _require_choice(c, "ssm_norms", (None, "learned", "plain"))
+    _require_choice(c, "fading", ("selective", "scalar_decay"))
     from transformers.activations import ACT2FN  # here: it costs a second of import
 
     _require_choice(c, "hidden_act", tuple(sorted(ACT2FN)))
@@ -409,6 +448,11 @@ def _check_derived(c: BMojoConfig) -> None:
         raise ValueError(
             f"num_experts_per_tok must be in 1..num_experts ({c.num_experts}) when layer_types "
             f"has 'moe', got {c.num_experts_per_tok}"
+        )
+    if c.fading == "scalar_decay" and c.ssm_intermediate_size % c.ssm_head_dim:
+        raise ValueError(
+            f"ssm_head_dim must divide the SSM's inner width {c.ssm_intermediate_size} for "
+            f"fading='scalar_decay', got {c.ssm_head_dim}"
         )
     if c.position == "rope" and c.head_dim % 2:
         raise ValueError(f"head_dim must be even for position='rope', got {c.head_dim}")

@@ -36,6 +36,35 @@ def test_forward_alone(tmp_path, monkeypatch):
     assert record["against_bars"][0]["column"] == "forward_ms"
 
 
+def test_two_ways_to_fade_beside_each_other(tmp_path, monkeypatch):
+    """One row a way and kind with an SSM; the Transformer has none and is the yardstick of both.
+
+    A row that fails holds its error and takes no other with it.
+    """
+    out, measure = tmp_path / "t.json", throughput.measure
+
+    def failing(model, *sizes, **options):
+        if model.config.model_type == "bmojo" and model.config.kind == "hybrid":
+            raise RuntimeError("out of memory")
+        return measure(model, *sizes, **options)
+
+    monkeypatch.setattr(throughput, "measure", failing)
+    arguments = ["--device", "cpu", "--presets", "tiny", "--lengths", "32", "--tokens", "32"]
+    arguments += ["--kinds", "bmojo", "hybrid", "transformer", "--out", str(out)]
+    arguments += ["--fading", "selective", "scalar_decay"]
+    monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
+    throughput.main()
+    record = json.loads(out.read_text())
+    assert [(r["kind"], r.get("fading"), r.get("error")) for r in record["rows"]] == [
+        ("bmojo", "selective", None), ("bmojo", "scalar_decay", None),
+        ("hybrid", "selective", "RuntimeError: out of memory"),
+        ("hybrid", "scalar_decay", "RuntimeError: out of memory"), ("transformer", None, None),
+    ]  # fmt: skip
+    bars = record["against_bars"]
+    assert [entry.get("fading") for entry in bars] == [None, "scalar_decay"]
+    assert all("over_transformer" in entry and "over_hybrid" not in entry for entry in bars)
+
+
 @pytest.mark.parametrize(("time", "met"), [(100.0, True), (126.0, False)])
 def test_bars(time, met):
     rows = [

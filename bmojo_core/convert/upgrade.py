@@ -38,8 +38,8 @@ MEMORY_FIELDS = frozenset({
     "store_in_window",
 })  # fmt: skip
 SSM_FIELDS = frozenset({
-    "state_size", "conv_kernel", "expand", "dt_rank", "ssm_intermediate_size", "ssm_norms",
-    "ssm_norm_eps", "ssm_bias", "conv_bias",
+    "fading", "ssm_head_dim", "state_size", "conv_kernel", "expand", "dt_rank",
+    "ssm_intermediate_size", "ssm_norms", "ssm_norm_eps", "ssm_bias", "conv_bias",
 })  # fmt: skip
 ATTENTION_FIELDS = frozenset({
     "num_heads", "num_kv_heads", "head_dim", "attention_bias", "attention_output_bias", "position",
@@ -119,7 +119,10 @@ def _configuration(
     if "sliding_attention" not in types and window is None:
         raise ValueError("window must be given for a model that has none")
     fields = old.to_dict()
-    for derived in {"memory_chunk"} | (allowed & {"ssm_intermediate_size", "dt_rank", "head_dim"}):
+    sizes = {"ssm_intermediate_size", "ssm_head_dim", "dt_rank", "head_dim"}
+    if "fading" in changes:  # the other way to fade has its own number of states
+        sizes.add("state_size")
+    for derived in {"memory_chunk"} | (allowed & sizes):
         fields.pop(derived)
     if "num_heads" in changes:
         fields.pop("num_kv_heads")  # as many as heads, unless given

@@ -34,7 +34,8 @@ class Work:
     attention_flops
         Products of queries with keys and of weights with values.
     scan_steps
-        Updates of one state of one channel: an exponential and four further operations each.
+        Updates of one state of one channel: four operations and, where every state has its own
+        decay, an exponential each.
     exponentials
         All of them: scans, softmax, activations, softplus.
     bytes
@@ -105,13 +106,24 @@ def attention_core(c: BMojoConfig, rows: int, length: int, pairs: int, memory: i
 
 
 def scan(c: BMojoConfig, rows: int, length: int) -> Work:
-    """Selective scan with softplus and gate: reads u, delta, z, B, C, writes y."""
+    """The scan with softplus and gate: reads u, delta, z, B, C, writes y.
+
+    Decays: one a channel and state, or (``fading="scalar_decay"``) one a head.
+    """
     e, n, tokens = c.ssm_intermediate_size, c.state_size, rows * length
+    steps = _step_sizes(c)
+    decays = steps if c.fading == "scalar_decay" else e * n
     return Work(
         scan_steps=tokens * e * n,
-        exponentials=tokens * e * (n + 2),  # one for the softplus, one for the gate
-        bytes=2 * tokens * (4 * e + 2 * n),
+        exponentials=tokens * (decays + steps + e),  # with those of the softplus and the gate
+        bytes=2 * tokens * (3 * e + steps + 2 * n),
     )
+
+
+def _step_sizes(c: BMojoConfig) -> int:
+    """Step sizes a token: one a channel or one a head."""
+    e = c.ssm_intermediate_size
+    return e // c.ssm_head_dim if c.fading == "scalar_decay" else e
 
 
 def sublayer(c: BMojoConfig, kind: str, rows: int, length: int) -> Work:
@@ -158,7 +170,12 @@ def forward(c: BMojoConfig, rows: int, length: int) -> Work:
 def _ssm(c: BMojoConfig, rows: int, length: int) -> Work:
     t, d, e = rows * length, c.hidden_size, c.ssm_intermediate_size
     r, n = c.dt_rank, c.state_size
-    maps = product(t, d, 2 * e) + product(t, e, r + 2 * n) + product(t, r, e) + product(t, e, d)
+    maps = (
+        product(t, d, 2 * e)
+        + product(t, e, r + 2 * n)
+        + product(t, r, _step_sizes(c))
+        + product(t, e, d)
+    )
     convolution = elementwise(t * e, t * e, exponentials=t * e)
     return maps + convolution + scan(c, rows, length)
 

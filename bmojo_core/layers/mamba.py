@@ -6,6 +6,11 @@
 with (u', z) = W_in u, u' <- silu(conv(u')), (r, B, C) = W_x u', Delta = softplus(W_dt r + b_dt).
 The short convolution is a little eidetic memory in front of the fading one.
 
+How it fades is one of ``FADINGS``, which differ in the shapes of A and Delta alone:
+
+    selective       A (e, n), Delta (b, l, e): every channel and state has its own decay (the paper)
+    scalar_decay    A (h,),   Delta (b, l, h): one decay a head of e / h channels (Mamba-2)
+
 A position that is padding has Delta_t = 0, which leaves the state exactly as it is.
 
 Symbols
@@ -13,13 +18,15 @@ Symbols
 b, l, d    batch, length, model width
 e, n       inner channels, states a channel
 k          convolution taps
-A          (e, n), negative; A = -exp(A_log)
+h          heads, where channels fade together
+A          (e, n) or (h,), negative; A = -exp(A_log)
 state      ``SSMState``: the last k-1 inputs of the convolution (b, k-1, e) and x_t (b, e, n)
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,7 +37,7 @@ from transformers import initialization as init
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rows import is_valid, slide
-from bmojo_core.ops import causal_conv1d, selective_scan
+from bmojo_core.ops import causal_conv1d, scalar_scan, selective_scan
 
 
 class SSMState(NamedTuple):
@@ -38,6 +45,29 @@ class SSMState(NamedTuple):
 
     tail: Float[Tensor, "b k e"]
     x: Float[Tensor, "b e n"]
+
+
+class Fading(NamedTuple):
+    """A way to fade: its scan, and the rates -A that it begins with."""
+
+    scan: Callable[..., tuple[Tensor, Tensor]]
+    rates: Callable[[BMojoConfig], Tensor]
+
+
+def _selective_rates(c: BMojoConfig) -> Float[Tensor, "e n"]:
+    """Mamba's: 1 .. n in every channel."""
+    return torch.arange(1.0, c.state_size + 1).repeat(c.ssm_intermediate_size, 1)
+
+
+def _scalar_rates(c: BMojoConfig) -> Float[Tensor, "h"]:
+    """The range that Mamba-2 draws from, 1 to 16, evenly over the heads."""
+    return torch.linspace(1.0, 16.0, c.ssm_intermediate_size // c.ssm_head_dim)
+
+
+FADINGS = {  # the scans by name when called, so that they can be replaced
+    "selective": Fading(lambda *a, **k: selective_scan(*a, **k), _selective_rates),
+    "scalar_decay": Fading(lambda *a, **k: scalar_scan(*a, **k), _scalar_rates),
+}
 
 
 class Mamba(nn.Module):
@@ -50,8 +80,9 @@ class Mamba(nn.Module):
         self.in_proj = nn.Linear(d, 2 * e, bias=config.ssm_bias)
         self.conv1d = nn.Conv1d(e, e, config.conv_kernel, groups=e, bias=config.conv_bias)
         self.x_proj = nn.Linear(e, config.dt_rank + 2 * n, bias=False)
-        self.dt_proj = nn.Linear(config.dt_rank, e, bias=True)
-        self.A_log = nn.Parameter(torch.arange(1.0, n + 1).log().repeat(e, 1))
+        self.config, self.fading = config, FADINGS[config.fading]
+        self.A_log = nn.Parameter(self.fading.rates(config).log())
+        self.dt_proj = nn.Linear(config.dt_rank, self.A_log.shape[0], bias=True)
         self.D = nn.Parameter(torch.ones(e))
         self.out_proj = nn.Linear(e, d, bias=config.ssm_bias)
         sizes = (config.dt_rank, n, n)
@@ -66,9 +97,8 @@ class Mamba(nn.Module):
         )
 
     def reset_parameters(self) -> None:
-        """Mamba's own initialisation: A = -(1 .. n), time steps log-uniform in [1e-3, 1e-1]."""
-        n = self.state_size
-        init.copy_(self.A_log, torch.arange(1.0, n + 1).log().expand_as(self.A_log))
+        """Mamba's own initialisation: A by ``FADINGS``, time steps log-uniform in [1e-3, 1e-1]."""
+        init.copy_(self.A_log, self.fading.rates(self.config).log())
         init.ones_(self.D)
         bound = self.dt_rank**-0.5
         init.uniform_(self.dt_proj.weight, -bound, bound)
@@ -77,7 +107,7 @@ class Mamba(nn.Module):
 
     def initial_state(self, batch: int, device: torch.device, dtype: torch.dtype) -> SSMState:
         """The state before any token: zeros (x is kept in float32 at least)."""
-        e, n = self.A_log.shape
+        e, n = self.D.shape[0], self.state_size
         wide = torch.promote_types(dtype, torch.float32)
         tail = torch.zeros(batch, self.conv_kernel - 1, e, device=device, dtype=dtype)
         return SSMState(tail, torch.zeros(batch, e, n, device=device, dtype=wide))
@@ -122,7 +152,7 @@ class Mamba(nn.Module):
             bias, softplus = None, False
         decay = self.A_log.exp()
         A = -decay if decay.requires_grad else decay.neg_()  # in place: no second array
-        return selective_scan(
+        return self.fading.scan(
             v, delta, A.to(_scan_dtype(v)), B, C, self.D, z,
             delta_bias=bias, delta_softplus=softplus,
             initial_state=None if state is None else state.x, return_last_state=True,

@@ -20,22 +20,27 @@ def instantiated(config: BMojoConfig) -> int:
         return sum(p.numel() for p in BMojoForCausalLM(config).parameters())
 
 
+FADINGS = pytest.mark.parametrize("fading", ["selective", "scalar_decay"])
+
+
+@FADINGS
 @pytest.mark.parametrize("preset", PRESETS)
-def test_five_kinds_have_the_same_number_of_parameters(preset):
+def test_five_kinds_have_the_same_number_of_parameters(preset, fading):
     counts = {}
     for kind in KINDS:
-        config = BMojoConfig.preset(preset, kind)
+        config = BMojoConfig.preset(preset, kind, fading=fading)
         assert config.kind == kind
         counts[kind] = config.parameter_count
         assert instantiated(config) == counts[kind]
     assert max(counts.values()) <= 1.03 * min(counts.values()), counts
 
 
-def test_presets_are_as_large_as_their_names_say():
+@FADINGS
+def test_presets_are_as_large_as_their_names_say(fading):
     assert set(PRESETS) == {"tiny", *NOMINAL}
     for preset, nominal in NOMINAL.items():
         for kind in KINDS:
-            count = BMojoConfig.preset(preset, kind).parameter_count
+            count = BMojoConfig.preset(preset, kind, fading=fading).parameter_count
             assert abs(count / nominal - 1) <= 0.05, (preset, kind, count)
 
 
@@ -47,6 +52,7 @@ def test_presets_are_as_large_as_their_names_say():
         {"num_fading_tokens": 0, "num_eidetic_tokens": 0, "memory_projections": "separate"},
         {"normalize_fading": False, "key_kernel": 3},
         {"ssm_norms": "learned", "ssm_bias": True, "conv_bias": False, "dt_rank": 3},
+        {"fading": "scalar_decay", "ssm_head_dim": 4, "ssm_norms": "learned", "dt_rank": 3},
         {"ssm_norms": "plain", "head_dim": 6, "attention_output_bias": True},
         {"tie_word_embeddings": False, "expand": 1.5, "intermediate_size": 40, "mlp_bias": True},
         {"num_experts": 3, "num_experts_per_tok": 2, "layer_types": list(SUBLAYERS)},
@@ -72,10 +78,30 @@ def test_every_setting_survives_a_round_trip(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "bmojo"
 
 
-def test_derived_widths_survive_a_round_trip():
+@FADINGS
+def test_derived_widths_survive_a_round_trip(fading):
     for kind in KINDS:
-        config = BMojoConfig.preset("tiny", kind)
+        config = BMojoConfig.preset("tiny", kind, fading=fading)
         assert BMojoConfig.from_dict(config.to_dict()).parameter_count == config.parameter_count
+
+
+def test_a_configuration_from_before_the_choice_is_selective():
+    fields = BMojoConfig.bmojo(hidden_size=32).to_dict()
+    del fields["fading"], fields["ssm_head_dim"]
+    config = BMojoConfig.from_dict(fields)
+    assert (config.fading, config.state_size) == ("selective", 16)
+
+
+def test_heads_that_fade_alike():
+    """64 channels a head where the width allows, 64 states; a Mamba stack takes whole heads."""
+    config = BMojoConfig.preset("130m", fading="scalar_decay")
+    assert (config.ssm_head_dim, config.state_size) == (64, 64)
+    mamba = BMojoConfig.mamba(hidden_size=96, fading="scalar_decay", ssm_head_dim=24)
+    assert mamba.ssm_intermediate_size % 24 == 0
+    with pytest.raises(ValueError, match="ssm_head_dim must divide .* 128 .* got 24"):
+        BMojoConfig.bmojo(hidden_size=64, fading="scalar_decay", ssm_head_dim=24)
+    with pytest.raises(ValueError, match="fading must be one of .* got 'eternal'"):
+        BMojoConfig.bmojo(fading="eternal")
 
 
 def test_the_paper_transformer_attends_to_everything_unless_given_a_window():

@@ -20,6 +20,9 @@ SIZES = {
     "window": 8, "state_size": 4,
 }  # fmt: skip
 KINDS = ("transformer", "mamba", "hybrid", "bmojo_f", "bmojo")
+FADINGS = pytest.mark.parametrize(
+    "fading", [{}, {"fading": "scalar_decay", "ssm_head_dim": 8}], ids=["selective", "scalar_decay"]
+)
 
 
 def config(kind: str, **changes) -> BMojoConfig:
@@ -73,22 +76,25 @@ class Elements(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_exponentials_of_a_scan():
+@FADINGS
+def test_exponentials_of_a_scan(fading):
     """The plain recurrence (float64 takes it): every exp, softplus and silu that it calls."""
-    c = config("mamba", conv_bias=False)
+    c = config("mamba", conv_bias=False, **fading)
     layer = Mamba(c).double()
     with torch.no_grad(), Elements() as seen:
         layer(torch.randn(2, 9, c.hidden_size, dtype=torch.float64))
-    of_A = c.ssm_intermediate_size * c.state_size  # A = -exp(A_log), once a call
+    of_A = layer.A_log.numel()  # A = -exp(A_log), once a call
     assert counts.sublayer(c, "mamba", 2, 9).exponentials == seen.exponentials - of_A
-    assert counts.scan(c, 2, 9).scan_steps == 2 * 9 * of_A
+    states = c.ssm_intermediate_size * c.state_size
+    assert counts.scan(c, 2, 9).scan_steps == 2 * 9 * states
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("length", [5, 40])
-def test_products(kind, length):
+@FADINGS
+def test_products(kind, length, fading):
     """Every matrix product with weights that a whole model asks for."""
-    c = config(kind, num_fading_tokens=2, num_eidetic_tokens=3)
+    c = config(kind, num_fading_tokens=2, num_eidetic_tokens=3, **fading)
     with torch.device("meta"):
         model = BMojoForCausalLM(c).model
     ids = torch.empty(3, length, dtype=torch.long, device="meta")
@@ -117,12 +123,13 @@ def test_attention_flops_and_exponentials(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bytes(kind, monkeypatch):
+@FADINGS
+def test_bytes(kind, fading, monkeypatch):
     """What linear maps, norms and kernels were handed and gave back, and two sums a block.
 
     Small parameters (norm weights, A, D, biases, masks) are left out of the count: 2 %.
     """
-    c, (b, l) = config(kind, num_fading_tokens=2, num_eidetic_tokens=3), (3, 160)
+    c, (b, l) = config(kind, num_fading_tokens=2, num_eidetic_tokens=3, **fading), (3, 160)
     with torch.device("meta"):
         model = BMojoForCausalLM(c).model.to(torch.bfloat16)
     ids, seen = torch.empty(b, l, dtype=torch.long, device="meta"), [0]
@@ -138,8 +145,9 @@ def test_bytes(kind, monkeypatch):
         return call
 
     with as_kernels(), torch.no_grad(), monkeypatch.context() as patches:  # undone inside out
-        places = [(mamba_layer, "selective_scan"), (mamba_layer, "causal_conv1d"),
-                  (bmojo_layer, "memory_attention"), (attention_layer, "memory_attention"),
+        places = [(mamba_layer, "selective_scan"), (mamba_layer, "scalar_scan"),
+                  (mamba_layer, "causal_conv1d"), (bmojo_layer, "memory_attention"),
+                  (attention_layer, "memory_attention"),
                   (F, "linear"), (F, "rms_norm"), (F, "silu")]  # fmt: skip
         for module, name in places:
             patches.setattr(module, name, watched(getattr(module, name)))

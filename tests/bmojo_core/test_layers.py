@@ -280,12 +280,16 @@ def test_attention_is_softmax_over_its_window(window, groups, position, length):
 
 
 @pytest.mark.parametrize("norms", [None, "learned", "plain"])
-def test_mamba_is_its_recurrence(norms):
+@pytest.mark.parametrize("fading", ["selective", "scalar_decay"])
+def test_mamba_is_its_recurrence(norms, fading):
     """The layer against appendix E's equations, one token at a time."""
-    c = BMojoConfig(**peaky.SIZES, ssm_norms=norms, ssm_bias=True)
+    c = BMojoConfig(**peaky.SIZES, ssm_norms=norms, ssm_bias=True, fading=fading, ssm_head_dim=8)
     layer = peaky.sharpen(Mamba(c).double())
     u = inputs(layer_config(c), 12, 3)[0][0]
-    e, n = layer.A_log.shape
+    e, n = c.ssm_intermediate_size, c.state_size
+    assert layer.A_log.shape == ((e, n) if fading == "selective" else (e // 8,))
+    alike = e // layer.A_log.shape[0]  # channels with one decay
+    A = -layer.A_log.exp().view(-1, layer.A_log[0].numel()).repeat_interleave(alike, 0)
     kernel, x = layer.conv1d.weight[:, 0], torch.zeros(e, n, dtype=torch.float64)
     past, rows = [torch.zeros(e, dtype=torch.float64)] * (c.conv_kernel - 1), []
     with torch.no_grad():
@@ -296,8 +300,8 @@ def test_mamba_is_its_recurrence(norms):
             v = F.silu((kernel * taps).sum(1) + layer.conv1d.bias)
             parts = layer.x_proj(v).split((c.dt_rank, n, n))
             r, B, C = parts if norms is None else (f(s) for f, s in zip(layer.norms, parts))
-            delta = F.softplus(layer.dt_proj(r))
-            x = torch.exp(-delta[:, None] * layer.A_log.exp()) * x + (delta * v)[:, None] * B
+            delta = F.softplus(layer.dt_proj(r)).repeat_interleave(alike)
+            x = torch.exp(delta[:, None] * A) * x + (delta * v)[:, None] * B
             rows.append(layer.out_proj((x @ C + layer.D * v) * F.silu(z)))
         torch.testing.assert_close(layer(u[None])[0][0], torch.stack(rows), rtol=1e-10, atol=1e-10)
 

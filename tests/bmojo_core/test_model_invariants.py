@@ -44,6 +44,8 @@ MODELS = st.fixed_dictionaries(
         "position": st.sampled_from(["none", "rope"]),
         "ssm_norms": st.sampled_from([None, "learned"]),
         "conv_kernel": st.integers(1, 4),
+        "fading": st.sampled_from(["selective", "scalar_decay"]),
+        "ssm_head_dim": st.sampled_from([None, 4]),
         "num_experts": st.just(3),
         "num_experts_per_tok": st.just(2),
     }
@@ -124,11 +126,13 @@ def test_token_by_token_gives_the_same_function(changes, length, prompt, seed):
 @pytest.mark.parametrize("length", [31, 63])
 @pytest.mark.parametrize("update", ["chunk", "token"])
 @pytest.mark.parametrize("wiring", ["stacked", "parallel"])
-def test_three_ways_agree_in_float32(wiring, update, length):
+@pytest.mark.parametrize("fading", ["selective", "scalar_decay"])
+def test_three_ways_agree_in_float32(fading, wiring, update, length):
     """At lengths that no chunk divides, to 1e-5 of the largest logit."""
     changes = {
         "wiring": wiring, "memory_update": update, "window": 8, "num_eidetic_tokens": 6,
-        "hidden_size": 32, "state_size": 16, "position": "rope",
+        "hidden_size": 32, "state_size": 16, "position": "rope", "fading": fading,
+        "ssm_head_dim": 16,
     }  # fmt: skip
     reader = Reader(changes, 0, 2, length, torch.float32)
     want = reader.full()
@@ -248,8 +252,9 @@ def test_bmojo_without_memory_tokens_is_the_hybrid():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_one_function_with_a_state_of_one_size(kind):
-    reader = Reader({"kind": kind}, 1, 2, 40)
+@pytest.mark.parametrize("fading", ["selective", "scalar_decay"])
+def test_every_kind_is_one_function_with_a_state_of_one_size(kind, fading):
+    reader = Reader({"kind": kind, "fading": fading}, 1, 2, 40)
     sizes = [reader.read(reader.tokens[:, :3], None, None)[1].nbytes]
     for cuts in ([20], [*range(3, 40, 5)], [*range(30, 40)]):
         got, cache = reader.in_pieces(cuts)

@@ -29,7 +29,7 @@ def pair(name, **settings):
 
 ANY_LENGTH = {
     "mistral, window within the text": {},
-    "mistral, one layer, window 1": {"num_fading_tokens": 0},
+    "mistral, one layer, window 1": {"num_fading_tokens": 0, "fading": "scalar_decay"},
     "mistral, rope yarn": {"selection": "recency", "memory_projections": "shared"},
     "mamba": {"window": 4, "num_heads": 3, "num_kv_heads": 1},
     "falcon_mamba": {"window": 4, "num_eidetic_tokens": 0, "num_heads": 3},

@@ -18,6 +18,7 @@ from bmojo_core.ops import (
     innovation,
     memory_attention,
     running_top_k,
+    scalar_scan,
     selective_scan,
 )
 from bmojo_core.ops.selective_scan import gpu as scan_gpu
@@ -52,6 +53,19 @@ def scan(b: int, l: int, d: int, n: int, dtype: torch.dtype) -> None:
     backward(outputs, [*inputs, state])
 
 
+def scalar_scans() -> None:
+    cases = ((torch.float32, 70, 3, 7, 5), (torch.bfloat16, 200, 9, 24, 40))
+    cases += ((torch.float16, 65, 2, 64, 128),)
+    for dtype, l, h, p, n in cases:
+        u, z = (normal(2, l, h * p, dtype=dtype) for _ in range(2))
+        B, C = normal(2, l, 2 * n, dtype=dtype).split((n, n), dim=-1)
+        inputs = [u, normal(2, l, h, dtype=dtype), -normal(h).abs(), B, C, normal(h * p), z]
+        inputs += [normal(h)]
+        state = normal(2, h * p, n)
+        outputs = scalar_scan(*inputs, True, state, return_last_state=True, backend="gpu")
+        backward(outputs, [*inputs, state])
+
+
 def convolutions() -> None:
     for dtype, d in ((torch.float32, 13), (torch.bfloat16, 72)):
         inputs = [normal(2, 45, d, dtype=dtype), normal(d, 4), normal(d)]
@@ -76,7 +90,7 @@ def attentions() -> None:
         backward((memory_attention(q, k, v, *memory, **options),), [q, k, v, *memory])
 
 
-EVERY: tuple[Callable[[], None], ...] = (scans, convolutions, innovations, attentions)
+EVERY: tuple[Callable[[], None], ...] = (scans, scalar_scans, convolutions, innovations, attentions)
 
 if __name__ == "__main__":
     for group in EVERY:

@@ -40,6 +40,7 @@ def check_model(kind: str) -> None:
 if __name__ == "__main__":
     check_layer(memory_update="chunk")
     check_layer(memory_update="token", wiring="parallel")
+    check_layer(fading="scalar_decay", ssm_head_dim=8)
     for kind in ("transformer", "hybrid", "bmojo"):
         check_model(kind)
     print("compiled equals eager")
