@@ -138,7 +138,7 @@ def _known_tokens(ids: Any, config: BMojoConfig, path: str) -> Any:
 @app.command(
     name="eval",
     epilog="Examples:  bmojo eval runs/first/model --text book.txt --length 32768  |  "
-    "bmojo eval runs/first/model --tasks lambada_openai,hellaswag",
+    "bmojo eval converted/ --tasks lambada_openai,hellaswag",
 )
 @plain_errors
 def evaluate(
@@ -160,6 +160,8 @@ def evaluate(
     """Perplexity against position on a text, or tasks of lm-evaluation-harness."""
     if (text is None) == (tasks is None):
         raise ValueError("give either --text or --tasks")
+    if output is not None and not output.parent.is_dir():
+        raise ValueError(f"output must be in a folder that exists, got {output}")
     if text is not None:
         found = _by_position(_load(folder), folder, text, length, chunk)
     else:
@@ -183,6 +185,8 @@ def _by_position(
         ids = torch.from_numpy(read_tokens(text)[:length].astype("int64"))
     else:
         ids = torch.tensor(_tokenizer(folder, model.config).encode(text.read_text())[:length])
+    if len(ids) < 2:
+        raise ValueError(f"text must hold at least 2 tokens, {text} holds {len(ids)}")
     found = perplexity_by_position(model, [ids[None]], doubling_edges(len(ids)), chunk)
     return {
         "from": list(found.edges[:-1]), "to": list(found.edges[1:]),
@@ -208,9 +212,7 @@ def generate(
     """Continue a text."""
     model = _load(folder)
     tokenizer = _tokenizer(folder, model.config)
-    read = tokenizer.encode(prompt)
-    if not read:
-        raise ValueError("prompt must hold at least one token")
+    read = _some_tokens(tokenizer, prompt)
     torch.manual_seed(seed)
     draws = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     ids = torch.tensor([read], device=model.device)
@@ -258,7 +260,7 @@ def inspect(
 
     model = _load(folder)
     tokenizer = _tokenizer(folder, model.config)
-    ids = tokenizer.encode(prompt)
+    ids = _some_tokens(tokenizer, prompt)
     with torch.no_grad():
         traces = memory_trace(model, torch.tensor([ids], device=model.device))
     for trace in traces:
@@ -344,6 +346,13 @@ def _tokenizer(folder: Path, config: BMojoConfig) -> Any:
             f"{folder} holds no tokenizer, and its vocabulary of {config.vocab_size} is not bytes"
         )
     return Bytes()
+
+
+def _some_tokens(tokenizer: Any, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("prompt must hold at least one token")
+    return ids
 
 
 if __name__ == "__main__":

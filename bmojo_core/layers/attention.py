@@ -209,6 +209,11 @@ def write_step(
     """One token more, in place: cost 1, not w."""
     if write_compiled(*register, k, v, start, w):
         return
+    if k.dtype != register.k.dtype:
+        raise ValueError(
+            f"past_key_values must hold {k.dtype} as the model computes, got {register.k.dtype}; "
+            "past_key_values.to(dtype) converts them"
+        )
     place = register.k.shape[2] - w + start % w
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (b, g, 1, p)
     index = place[:, None, None, None].expand_as(k)

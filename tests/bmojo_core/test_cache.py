@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_model_invariants import MODELS
 
-from bmojo_core import BMojoCache
+from bmojo_core import BMojoCache, BMojoConfig, BMojoForCausalLM
 from bmojo_core.cache import state_bytes
 from bmojo_core.config import KINDS
 
@@ -188,3 +188,17 @@ def test_a_state_moves_between_dtypes():
     want, _ = step(model, peaky.ids(1, 3), cache)
     assert (got.float() - want).abs().mean() < 0.2 * want.abs().mean()
     assert all(t.device.type == "meta" for t in cache.to("meta").tensors())
+
+
+@pytest.mark.parametrize("kind", ["transformer", "hybrid", "bmojo"])
+def test_a_state_of_another_dtype_is_refused_by_name(kind):
+    """As when the model has been converted after it began to read."""
+    torch.manual_seed(0)
+    model = BMojoForCausalLM(BMojoConfig.preset("tiny", kind, vocab_size=50)).eval()
+    ids = torch.randint(50, (1, 9))
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model.to(torch.bfloat16)
+        with pytest.raises(ValueError, match="must (hold|have)"):
+            model(ids[:, :1], past_key_values=cache.fork())
+        assert model(ids[:, :1], past_key_values=cache.to(torch.bfloat16)).logits.isfinite().all()

@@ -167,6 +167,18 @@ def test_eval_is_perplexity_by_position(model_folder, tmp_path):
     assert run("eval", model_folder).exit_code == 2
 
 
+@pytest.mark.parametrize("text", ["", "a"])
+def test_a_text_that_predicts_nothing_is_refused(model_folder, tmp_path, text):
+    """Perplexity of no token would be NaN, which is not JSON either."""
+    (tmp_path / "text.txt").write_text(text)
+    result = run("eval", model_folder, "--text", tmp_path / "text.txt")
+    assert result.exit_code == 2 and f"holds {len(text)}" in result.stderr
+    (tmp_path / "text.txt").write_text(TEXT)
+    nowhere = tmp_path / "absent" / "found.json"
+    result = run("eval", model_folder, "--text", tmp_path / "text.txt", "--output", nowhere)
+    assert result.exit_code == 2 and "output must be in a folder that exists" in result.stderr
+
+
 def test_generate_goes_on_from_the_prompt(model_folder):
     greedy = [run("generate", model_folder, "to be", "--tokens", 5) for _ in range(2)]
     assert greedy[0].exit_code == 0 and greedy[0].stdout == greedy[1].stdout
@@ -200,6 +212,8 @@ def test_inspect_lists_what_was_remembered(model_folder):
     layer, *tokens = result.stdout.splitlines()
     assert re.match(r"layer 0: attention to window 0\.\d\d, fading 0\.\d\d, eidetic 0\.\d\d", layer)
     assert len(tokens) == 4
+    empty = run("inspect", model_folder, "")
+    assert empty.exit_code == 2 and "prompt must hold at least one token" in empty.stderr
     for line in tokens:
         place, _, text = line.split(maxsplit=2)
         assert text == repr(TEXT[int(place)])

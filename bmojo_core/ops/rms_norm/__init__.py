@@ -22,8 +22,8 @@ def rms_norm(h: Float[Tensor, "b l d"], norm: nn.RMSNorm) -> Float[Tensor, "b l 
     norm
         The module that holds weight (d,) and eps.
     """
-    if h.shape[1] != 1:
-        return norm(h)
+    if h.shape[1] != 1 or type(norm) is not nn.RMSNorm or norm._forward_hooks:
+        return norm(h)  # also where someone has put another norm there, or listens to it
     b, _, d = h.shape
     fit = norm.eps is not None and is_plain(h, b, 1, d) and is_plain(norm.weight, d)
     if not (fit and nobody_watches()):
