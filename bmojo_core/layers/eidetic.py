@@ -268,7 +268,8 @@ def still_waiting(waiting: Tokens | None, new: Tokens, lengths: Int[Tensor, "b"]
 def add_to_waiting(waiting: Tokens, mass: Float[Tensor, "b r"]) -> Tokens:
     """Tokens that wait, the latest last, with more attention received by the r latest."""
     older = waiting.score.shape[1] - mass.shape[1]
-    return waiting._replace(score=waiting.score + F.pad(mass, (older, 0)))
+    more = F.pad(mass, (older, 0)).to(waiting.score.dtype)  # scores stay in float32
+    return waiting._replace(score=waiting.score + more)
 
 
 def join(fading: Memory | None, eidetic: Memory | None) -> Memory:

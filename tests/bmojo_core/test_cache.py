@@ -202,3 +202,14 @@ def test_a_state_of_another_dtype_is_refused_by_name(kind):
         with pytest.raises(ValueError, match="must (hold|have)"):
             model(ids[:, :1], past_key_values=cache.fork())
         assert model(ids[:, :1], past_key_values=cache.to(torch.bfloat16)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("selection", ["innovation", "random", "accumulated_attention"])
+def test_scores_are_float32_in_a_float64_model(selection):
+    """Also those that grow while a token waits: a state's size is known beforehand."""
+    config = BMojoConfig.preset("tiny", "bmojo", vocab_size=50, selection=selection, window=4)
+    model = BMojoForCausalLM(config).double().eval()
+    with torch.no_grad():
+        cache = model(torch.arange(9)[None], use_cache=True).past_key_values
+        cache = model(torch.arange(2)[None], past_key_values=cache).past_key_values
+    assert cache.nbytes == state_bytes(config, 1, torch.float64)
