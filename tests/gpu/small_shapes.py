@@ -85,8 +85,10 @@ def attentions() -> None:
     for dtype, l, r, p, window, chunk, m in shapes:
         q, k, v = (normal(2, n, h, p, dtype=dtype) for n, h in ((l, 4), (l + r, 2), (l + r, 2)))
         memory = [normal(2, -(-l // chunk), m, 2, p, dtype=dtype) for _ in "kv"]
-        valid = torch.rand(2, l + r, device="cuda") > 0.3
-        options = dict(window=window, chunk=chunk, key_valid=valid, backend="gpu")
+        valid = (torch.rand(1, l + r, device="cuda") > 0.3).expand(2, -1)
+        known = (torch.rand(1, *memory[0].shape[1:3], device="cuda") > 0.3).expand(2, -1, -1)
+        options = dict(window=window, chunk=chunk, backend="gpu")
+        options |= dict(key_valid=valid, mem_valid=known)
         backward((memory_attention(q, k, v, *memory, **options),), [q, k, v, *memory])
 
 

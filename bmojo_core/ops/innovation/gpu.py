@@ -105,7 +105,7 @@ def innovation_gpu(
         than 32 taps, take torch's own operations.
     weights : Tensor, (taps,)
     past : Tensor, (b, taps, d), optional
-        Of y's type.
+        One of another type than y's takes torch's own operations, too.
 
     Returns
     -------
@@ -118,7 +118,8 @@ def innovation_gpu(
         If y is not on a CUDA device.
     """
     _require_cuda(y)
-    if y.dtype not in ELEMENT or weights.shape[0] > MOST_TAPS:
+    other = past is not None and past.dtype != y.dtype  # the kernel reads both as one type
+    if y.dtype not in ELEMENT or weights.shape[0] > MOST_TAPS or other:
         return innovation_cpu(y, weights, past)
     return _Innovation.apply(y, weights, past)
 

@@ -16,14 +16,21 @@ import triton.language as tl
 
 
 @triton.jit
+def _wide_id(axis: tl.constexpr):
+    """Which program this is, in 64 bits: multiplied by a stride it may pass 2^31."""
+    return tl.program_id(axis).to(tl.int64)
+
+
+@triton.jit
 def _tile(base, first, count, stride, P: tl.constexpr, P_PAD: tl.constexpr, SIZE: tl.constexpr):
-    """Rows first .. first + SIZE of a (count, P) matrix, zeros outside."""
+    """Rows first .. first + SIZE of a (count, P) matrix, zeros outside; row * stride in 64 bits."""
     row = first + tl.arange(0, SIZE)
     column = tl.arange(0, P_PAD)
     inside = row[:, None] < count
     if P != P_PAD:
         inside = inside & (column[None, :] < P)
-    return tl.load(base + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+    at = row.to(tl.int64) * stride
+    return tl.load(base + at[:, None] + column[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -33,7 +40,7 @@ def _store_tile(
     row = first + tl.arange(0, SIZE)
     column = tl.arange(0, P_PAD)
     inside = (row[:, None] < count) & (column[None, :] < P)
-    to = base + row[:, None] * stride + column[None, :]
+    to = base + (row.to(tl.int64) * stride)[:, None] + column[None, :]
     tl.store(to, value.to(base.dtype.element_ty), mask=inside)
 
 
@@ -105,7 +112,7 @@ def forward(
     HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: its window, then its chunk's memory."""
-    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block, head, batch = tl.program_id(0), _wide_id(1), _wide_id(2)
     c = block // per_chunk
     i0 = c * chunk + block % per_chunk * ROWS
     i1 = tl.minimum(tl.minimum(i0 + ROWS, (c + 1) * chunk), l)
@@ -162,7 +169,7 @@ def row_dots(
     H: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """D_i = dout_i . out_i."""
-    i0, head, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i0, head, batch = tl.program_id(0) * ROWS, _wide_id(1), _wide_id(2)
     dout = _tile(dout_ + batch * d_b + head * d_h, i0, l, d_l, P, P_PAD, ROWS)
     out = _tile(out_ + batch * o_b + head * o_h, i0, l, o_l, P, P_PAD, ROWS)
     i = i0 + tl.arange(0, ROWS)
@@ -210,7 +217,7 @@ def query_gradients(
     HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
 ):  # fmt: skip
     """dq of one block of queries of one head, over the same columns as ``forward``."""
-    block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block, head, batch = tl.program_id(0), _wide_id(1), _wide_id(2)
     c = block // per_chunk
     i0 = c * chunk + block % per_chunk * ROWS
     i1 = tl.minimum(tl.minimum(i0 + ROWS, (c + 1) * chunk), l)
@@ -305,7 +312,7 @@ def key_gradients(
     HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys, over the queries of all heads that share them."""
-    j0, g, batch = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    j0, g, batch = tl.program_id(0) * ROWS, _wide_id(1), _wide_id(2)
     r = length - l
     j = j0 + tl.arange(0, ROWS)
     k = _tile(k_ + batch * k_b + g * k_h, j0, length, k_l, P, P_PAD, ROWS)
@@ -351,7 +358,7 @@ def memory_gradients(
     HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of a chunk's memory tokens, over all queries of the chunk."""
-    block, g, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    block, g, batch = tl.program_id(0), _wide_id(1), _wide_id(2)
     c, t0 = block // per_chunk, block % per_chunk * ROWS
     chunks = tl.num_programs(0) // per_chunk
     t = t0 + tl.arange(0, ROWS)
