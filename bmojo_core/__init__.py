@@ -14,14 +14,18 @@ from bmojo_core.config import BMojoConfig
 
 if TYPE_CHECKING:
     from bmojo_core.cache import BMojoCache
+    from bmojo_core.decoding import DecodeGraph
     from bmojo_core.modeling import BMojoForCausalLM, BMojoModel
 
 AutoConfig.register("bmojo", BMojoConfig, exist_ok=True)
 
 __version__ = "0.1.0"
-__all__ = ["BMojoCache", "BMojoConfig", "BMojoForCausalLM", "BMojoModel"]
+__all__ = ["BMojoCache", "BMojoConfig", "BMojoForCausalLM", "BMojoModel", "DecodeGraph"]
 
-_HOME = {"BMojoCache": "cache", "BMojoForCausalLM": "modeling", "BMojoModel": "modeling"}
+_HOME = {
+    "BMojoCache": "cache", "BMojoForCausalLM": "modeling", "BMojoModel": "modeling",
+    "DecodeGraph": "decoding",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
