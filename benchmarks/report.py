@@ -125,30 +125,71 @@ def models() -> str:
     )
 
 
-def recall() -> str:
-    """Figure 2 at 64 pairs."""
-    groups: dict[tuple, list] = defaultdict(list)
-    for r in load("figure2")["runs"]:
+KINDS = ("mamba", "hybrid", "bmojo_f", "bmojo", "transformer")
+
+
+def with_seeds(runs: list[float]) -> str:
+    """The mean, and in brackets how many runs it is of where they are fewer than three."""
+    return f"{mean(runs):.2f}" + (f" ({len(runs)})" if len(runs) < 3 else "")
+
+
+def repeated_rate(runs: list[dict], of: tuple[str, ...], pairs: str) -> dict[tuple, list[float]]:
+    """By the tags ``of``: accuracies at the rate that was repeated, which is the best one."""
+    groups: dict[tuple, dict] = defaultdict(lambda: defaultdict(list))
+    for r in runs:
         tags = r["job"]["tags"]
-        if "eidetic" not in tags:
-            groups[tags["kind"], tags["width"], tags["lr"]].append(r["accuracy"]["64"])
-    widths = sorted({w for _, w, _ in groups})
+        groups[tuple(tags[name] for name in of)][tags["lr"]].append(r["accuracy"][pairs])
+    return {k: max(v.values(), key=lambda a: (len(a), mean(a))) for k, v in groups.items()}
 
-    def cell(kind: str, width: int) -> str:
-        seeds = [v for (k, w, _), v in groups.items() if (k, w) == (kind, width)]
-        best = max(seeds, key=lambda v: (len(v), mean(v)))  # the repeated rate is the best one
-        return f"{mean(best):.2f}" + (f" ({len(best)})" if len(best) < 3 else "")
 
-    kinds = ("mamba", "hybrid", "bmojo_f", "bmojo", "transformer")
-    rows = [[kind, *(cell(kind, w) for w in widths)] for kind in kinds]
+def by_width(name: str) -> str:
+    """One of the two records of figure 2 at 64 pairs."""
+    runs = [r for r in load(name)["runs"] if "eidetic" not in r["job"]["tags"]]
+    best = repeated_rate(runs, ("kind", "width"), "64")
+    widths = sorted({width for _, width in best})
+    rows = [[kind, *(with_seeds(best[kind, width]) for width in widths)] for kind in KINDS]
+    return table(["kind", *map(str, widths)], rows)
+
+
+def by_rule() -> str:
+    """The selection rules at GPU size: mean, and range over seeds."""
+    runs = [r for r in load("policies")["runs"] if r["job"]["tags"]["size"] == "gpu"]
+    best = repeated_rate(runs, ("rule", "filler"), "64")
+    cells = {k: f"{with_seeds(v)}, {min(v):.2f} to {max(v):.2f}" for k, v in best.items()}
+    rules = sorted({rule for rule, _ in best}, key=lambda rule: -mean(best[rule, "zeros"]))
+    rows = [[rule, cells[rule, "zeros"], cells[rule, "random"]] for rule in rules]
+    return table(["rule", "filler zeros", "filler random"], rows)
+
+
+def outside() -> str:
+    """Ours less theirs, in points, on MQAR."""
+    runs = [r for r in load("external")["runs"] if r["job"]["tags"]["size"] == "gpu"]
+    rows = []
+    for ours, theirs in (("transformer", "mistral"), ("mamba", "outside_mamba")):
+        differences = []
+        for pairs in ("4", "8", "16"):
+            best = repeated_rate(runs, ("kind",), pairs)
+            both = [best.get((kind,)) for kind in (ours, theirs)]
+            differences.append(
+                f"{100 * (mean(both[0]) - mean(both[1])):+.2f}" if all(both) else "not recorded"
+            )
+        rows.append([f"{ours} - {theirs}", *differences])
+    return table(["ours - theirs, points", "4 pairs", "8 pairs", "16 pairs"], rows)
+
+
+def recall() -> str:
+    """Figure 2 at 64 pairs, the selection rules, and somebody else's models."""
     return (
         "## Associative recall, 64 pairs, L = 256, window 32\n\n"
         "Mean accuracy of three seeds (or as many as stand in brackets) at the best learning rate, "
-        "by width.\n\n"
-        + table(["kind", *map(str, widths)], rows)
+        "by width.\n\n" + by_width("figure2") + "\n\nThe same with random filler:\n\n"
+        + by_width("figure2_random")
         + "\n\nChapter 10 draws these against the bytes each model carries, and says what of the "
-        "paper's figure 2 is reproduced."
-    )
+        "paper's figure 2 is reproduced. Selection rules, two blocks of width 64, mean and range "
+        "over seeds (chapter 11):\n\n" + by_rule()
+        + "\n\nThe same sizes and batches in transformers, L = 128, means over seeds (chapter 12):"
+        "\n\n" + outside()
+    )  # fmt: skip
 
 
 def page() -> str:

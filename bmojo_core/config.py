@@ -76,6 +76,8 @@ class BMojoConfig(PretrainedConfig):
         Length of a chunk; None means the window, as in appendix B.2.
     selection
         Which tokens become eidetic: a name in ``bmojo_core.layers.selection.POLICIES``.
+        ``learned_predictor`` recalled somewhat more at equal bytes, within the spread of seeds
+        (results/policies.json, chapter 11).
     selection_seed
         Seed of the ``"random"`` policy.
     normalize_fading
