@@ -2,9 +2,9 @@
 
 Every row is 16 384 tokens, cut into sequences of the given length, in bfloat16 without
 torch.compile: median milliseconds of a forward pass and of forward + backward (no optimiser: it is
-the same for all).  The yardstick in the same process is transformers' Mistral with torch's fused
-attention, with as many parameters.  The order of lengths is chosen so that a run cut short by
-``--seconds`` still compares kinds with each other.
+the same for all).  The yardsticks in the same process are transformers' Mistral with torch's fused
+attention and, where it is installed, mamba-ssm's stack, with as many parameters.  The order of
+lengths is chosen so that a run cut short by ``--seconds`` still compares kinds with each other.
 
     python benchmarks/throughput.py --out results/throughput.json
     python benchmarks/throughput.py --presets 3b --no-backward --lengths 2048 8192 32768
@@ -13,35 +13,42 @@ attention, with as many parameters.  The order of lengths is chosen so that a ru
     python benchmarks/throughput.py --fading selective scalar_decay --out fading.json
 
 A row that fails (out of memory, a kernel) holds its ``error``, and the next go on.
-``against_bars`` in the record holds B'MOJO's times over the Transformer's and the bars for them.
+``against_bars`` in the record holds B'MOJO's times over the others' and the bars for them.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import statistics
 import time
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.training import provenance, write_json
 
 TOKENS = 16_384
-WITHOUT_SSM = ("transformer", "mistral")
+ONE_FADING = ("transformer", "mistral", "mamba_ssm")  # kinds that `--fading` does not change
 FADINGS = ("selective", "scalar_decay")
 KINDS = ("bmojo", "bmojo_f", "hybrid", "mamba", "transformer", "mistral")
 # Forward and backward of B'MOJO over our Transformer's of equal size, by context length.
 BARS = {2048: 1.25, 8192: 1.0, 32768: 0.5}
+BAR_MAMBA_SSM = 0.7  # the same over mamba-ssm's stack, at every length
+BAR_GROWTH = 4.2  # a sequence of 32768 over one of 8192
 
 
 def build(kind: str, preset: str, device: str, **changes: Any) -> torch.nn.Module:
     """A model with random weights in bfloat16."""
+    if kind == "mamba_ssm":
+        return MambaStack(preset, device)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
@@ -62,6 +69,34 @@ def _mistral(preset: str, **changes: Any) -> MistralConfig:
         sliding_window=None, tie_word_embeddings=True, attn_implementation="sdpa",
         use_cache=False,
     )  # fmt: skip
+
+
+class MambaStack(nn.Module):
+    """mamba-ssm's language model in the sizes of our Mamba stack of that name.
+
+    Its fused norms, its scan and, where causal-conv1d is installed, its one fused block.
+    """
+
+    def __init__(self, preset: str, device: str) -> None:
+        super().__init__()
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+        ours = BMojoConfig.preset(preset, "mamba")
+        ssm = dict(
+            layer="Mamba1", d_state=ours.state_size, d_conv=ours.conv_kernel, dt_rank=ours.dt_rank,
+            expand=ours.ssm_intermediate_size / ours.hidden_size,
+        )  # fmt: skip
+        config = MambaConfig(
+            d_model=ours.hidden_size, n_layer=len(ours.layer_types), vocab_size=ours.vocab_size,
+            ssm_cfg=ssm,
+        )  # fmt: skip
+        self.stack = MambaLMHeadModel(config, device=device, dtype=torch.bfloat16)
+        self.config = SimpleNamespace(vocab_size=ours.vocab_size, num_key_value_heads=None)
+
+    def forward(self, ids: Tensor, use_cache: bool, logits_to_keep: int) -> Any:
+        """Logits of the last columns."""
+        return self.stack(ids, num_last_tokens=logits_to_keep)
 
 
 def measure(
@@ -94,7 +129,7 @@ def measure(
 
 
 def against_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """B'MOJO over the Transformer and the Mamba stack, row by row, and the bar where there is one.
+    """B'MOJO over the other kinds, row by row, and the bar where there is one; then its growth.
 
     Forward and backward where it was timed, else forward.
     """
@@ -110,19 +145,39 @@ def against_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         column = "forward_backward_ms" if "forward_backward_ms" in ours else "forward_ms"
         entry: dict[str, Any] = {"preset": preset, "length": length, "column": column}
         entry |= {} if fading == FADINGS[0] else {"fading": fading}
-        for peer in ("transformer", "mistral", "mamba", "hybrid", "bmojo_f"):
+        for peer in ("transformer", "mistral", "mamba_ssm", "mamba", "hybrid", "bmojo_f"):
             theirs = by.get((preset, peer, length, _fading(peer, fading)))
             if theirs is not None and column in theirs:
                 entry[f"over_{peer}"] = round(ours[column] / theirs[column], 3)
         bar = BARS.get(length)
         if preset == "1.4b" and bar is not None and "over_transformer" in entry:
             entry |= {"bar": bar, "met": entry["over_transformer"] <= bar}
+        if preset == "1.4b" and "over_mamba_ssm" in entry:
+            met = entry["over_mamba_ssm"] <= BAR_MAMBA_SSM
+            entry |= {"bar_mamba_ssm": BAR_MAMBA_SSM, "met_mamba_ssm": met}
         found.append(entry)
+    return found + _growth(by)
+
+
+def _growth(by: dict[tuple, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Time of a training step for one sequence of 32768 tokens over that for one of 8192."""
+    found = []
+    for (preset, kind, length, fading), long in by.items():
+        short = by.get((preset, kind, 8192, fading))
+        if kind != "bmojo" or length != 32768 or short is None:
+            continue
+        if "forward_backward_ms" not in long or "forward_backward_ms" not in short:
+            continue
+        one = [r["forward_backward_ms"] * r["length"] / r["tokens"] for r in (long, short)]
+        growth = round(one[0] / one[1], 3)
+        entry = {"preset": preset, "kind": kind, "growth_8192_to_32768": growth}
+        entry |= {} if fading == FADINGS[0] else {"fading": fading}
+        found.append(entry | {"bar": BAR_GROWTH, "met": growth <= BAR_GROWTH})
     return found
 
 
 def _fading(kind: str, fading: str) -> str | None:
-    return None if kind in WITHOUT_SSM else fading
+    return None if kind in ONE_FADING else fading
 
 
 def _median_ms(work, repeats: int, device: torch.device) -> float:
@@ -151,7 +206,9 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 16384])
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--seconds", type=float, default=float("inf"))
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    here = importlib.util.find_spec("mamba_ssm") is not None
+    kinds = [*KINDS, "mamba_ssm"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds if here else list(KINDS))
     parser.add_argument("--kv-heads", type=int, help="key-value heads, for attention in groups")
     parser.add_argument("--fading", nargs="+", choices=FADINGS, default=["selective"])
     parser.add_argument("--no-backward", action="store_true", help="forward only, for large models")
@@ -159,23 +216,25 @@ def main() -> None:
     begun, rows = time.perf_counter(), []
     changes = {} if arguments.kv_heads is None else {"num_kv_heads": arguments.kv_heads}
     for preset, kind, fading in product(arguments.presets, arguments.kinds, arguments.fading):
-        if kind in WITHOUT_SSM and fading != arguments.fading[0]:
+        if kind in ONE_FADING and fading != arguments.fading[0]:
             continue  # the same model
         if time.perf_counter() - begun > arguments.seconds:
             break
-        model = build(kind, preset, arguments.device, fading=fading, **changes)
+        try:
+            model = build(kind, preset, arguments.device, fading=fading, **changes)
+        except Exception as error:
+            rows.append({"preset": preset, "kind": kind, "length": None, **_failure(error)})
+            _write(arguments, rows)
+            continue
         count = sum(p.numel() for p in model.parameters())
         for length in arguments.lengths:
             row = {"preset": preset, "kind": kind, "parameters": count, "length": length}
             tokens = max(arguments.tokens, length)
             row |= {"tokens": tokens, "num_kv_heads": model.config.num_key_value_heads}
-            row |= {} if kind in WITHOUT_SSM else {"fading": fading}
+            row |= {} if kind in ONE_FADING else {"fading": fading}
             row |= _measured(model, length, tokens, backward=not arguments.no_backward)
             rows.append(row)
-            print(row, flush=True)
-            record = {"tokens": arguments.tokens, "rows": rows, **provenance()}
-            record["against_bars"] = against_bars(rows)
-            write_json(Path(arguments.out), record)
+            _write(arguments, rows)
         del model
         gc.collect()
         if arguments.device == "cuda":
@@ -188,7 +247,19 @@ def _measured(model: torch.nn.Module, length: int, tokens: int, backward: bool) 
         return measure(model, length, tokens, backward=backward)
     except Exception as error:
         model.zero_grad(set_to_none=True)
-        return {"error": f"{type(error).__name__}: {error}"[:2000]}
+        return _failure(error)
+
+
+def _failure(error: Exception) -> dict[str, str]:
+    return {"error": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """The record so far: a run that is stopped keeps it."""
+    print(rows[-1], flush=True)
+    record = {"tokens": arguments.tokens, "rows": rows, **provenance()}
+    record["against_bars"] = against_bars(rows)
+    write_json(Path(arguments.out), record)
 
 
 if __name__ == "__main__":

@@ -75,3 +75,31 @@ def test_bars(time, met):
         {"preset": "1.4b", "length": 2048, "column": "forward_backward_ms",
          "over_transformer": time / 100, "over_mamba": time / 200, "bar": 1.25, "met": met}
     ]  # fmt: skip
+
+
+def test_a_peer_that_is_missing_costs_one_row(tmp_path, monkeypatch):
+    out = tmp_path / "t.json"
+    arguments = ["--device", "cpu", "--presets", "tiny", "--lengths", "32", "--tokens", "32"]
+    arguments += ["--kinds", "mamba_ssm", "bmojo", "--no-backward", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["throughput", *arguments])
+    monkeypatch.setitem(sys.modules, "mamba_ssm", None)  # also where it is installed
+    throughput.main()
+    missing, ours = json.loads(out.read_text())["rows"]
+    assert missing["kind"] == "mamba_ssm" and "mamba_ssm" in missing["error"]
+    assert ours["kind"] == "bmojo" and ours["forward_ms"] > 0
+
+
+@pytest.mark.parametrize(("time", "met"), [(840.0, True), (850.0, False)])
+def test_growth_and_mamba_ssm(time, met):
+    def row(kind, length, tokens, ms):
+        return {"preset": "1.4b", "kind": kind, "length": length, "tokens": tokens,
+                "forward_backward_ms": ms, "forward_ms": 1.0}  # fmt: skip
+
+    rows = [row("bmojo", 8192, 16384, 400.0), row("bmojo", 32768, 32768, time)]
+    rows.append(row("mamba_ssm", 32768, 32768, 1200.0))
+    one, long, growth = throughput.against_bars(rows)
+    assert "over_mamba_ssm" not in one
+    assert long["over_mamba_ssm"] == round(time / 1200, 3)
+    assert long["met_mamba_ssm"] == (long["over_mamba_ssm"] <= 0.7)
+    assert growth == {"preset": "1.4b", "kind": "bmojo", "growth_8192_to_32768": time / 200,
+                      "bar": 4.2, "met": met}  # fmt: skip
