@@ -1,20 +1,12 @@
-"""Tokens per second of decoding on a GPU: B'MOJO, hybrid and Mamba against transformers' Mistral.
+"""Tokens per second of decoding on a GPU, ours against transformers' Mistral, by context length.
 
-    python -m benchmarks.decode_gpu --out results/decode_gpu.json
-    python -m benchmarks.decode_gpu --presets 130m --kinds bmojo --lengths 32768 --batches 1 32
+    python benchmarks/decode_gpu.py [--preset 130m] [--contexts 2048 8192 32768] [--batches 1 32]
 
-Greedy decoding in bfloat16 after a prompt of n tokens, each model in every way it can be run:
-
-    eager     the model's own step; Mistral with its cache that grows (DynamicCache)
-    static    Mistral with keys and values in place (StaticCache)
-    graph     the step recorded as a CUDA graph: `DecodeGraph`; Mistral on its StaticCache
-    unmasked  Mistral's graph without the mask of the StaticCache, which keeps torch from its flash
-              kernel: its full length is attended to, as if all of it were written
-
-Ours read a prompt of random tokens, in pieces.  Mistral's keys and values are drawn at random: how
-long a step takes does not depend on them.  Where they do not fit, the batch is halved until they
-do, for ours as well, and the row says what was asked.  ``against_mistral`` compares the best way of
-each; at 32768 tokens at least three times as many tokens per second are wanted.
+Both in bfloat16, one process, both ways of launching: step by step from Python, and captured in a
+CUDA graph.  The fastest of each side makes the ratio.  Our state is made by a real prefill.  The
+time of an attention step does not depend on the values of its keys, so Mistral's caches are filled
+with random ones; captured it has transformers' static cache, uncaptured the dynamic one as well,
+which needs no mask.  A case that fails, or does not fit, leaves its error.
 """
 
 from __future__ import annotations
@@ -23,265 +15,186 @@ import argparse
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from itertools import product
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, MistralForCausalLM, StaticCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from throughput import _mistral
+from transformers import DynamicCache, MistralForCausalLM, StaticCache
 
-from benchmarks.throughput import build
-from bmojo_core import BMojoCache, BMojoConfig, BMojoForCausalLM, DecodeGraph
+from bmojo_core import BMojoConfig, BMojoForCausalLM
+from bmojo_core.decode_graph import WARM_UPS, DecodeGraph
 from bmojo_core.training import provenance, write_json
 
-KINDS = ("bmojo", "hybrid", "mamba")
-BAR, BAR_LENGTH = 3.0, 32768
-PIECE = 16384  # tokens of a prompt that all rows together read at once
-SHARE = 0.85  # of the device's memory that keys and values may take
-Next = Callable[[Tensor], Tensor]  # token (b, 1) -> logits (b, 1, v)
-Row = dict[str, Any]
-
-AttentionInterface.register("sdpa_without_mask", sdpa_attention_forward)  # no mask is made for it
+BAR = 3.0
+STEPS, REPEATS = 32, 5
+Step = Callable[[], object]
 
 
-def milliseconds(step: Next, batch: int, tokens: int, device: str, repeats: int = 3) -> float:
-    """Median over the repeats of the mean time of a token, chosen greedily."""
-    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    times = []
-    for i in range(repeats + 1):
-        _wait(device)
-        begun = time.perf_counter()
-        for _ in range(tokens if i else 3):  # the first round warms up
-            token.copy_(step(token)[:, -1:].argmax(-1))
-        _wait(device)
-        times.append(1000 * (time.perf_counter() - begun) / tokens)
-    return round(statistics.median(times[1:]), 4)
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-# -- ours -----------------------------------------------------------------------------------------
-
-
-def prompts(
-    model: BMojoForCausalLM, batch: int, lengths: list[int], device: str
-) -> Iterator[tuple[int, BMojoCache]]:
-    """The state after each length of one random text, read in pieces."""
-    cache, read, piece = None, 0, max(1, PIECE // batch)
-    for n in sorted(lengths):
-        while read < n:
-            part = torch.randint(model.config.vocab_size, (batch, min(piece, n - read)),
-                                 device=device)  # fmt: skip
-            out = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, read = out.past_key_values, read + part.shape[1]
-        yield n, cache
-
-
-def our_ways(model: BMojoForCausalLM, cache: BMojoCache, device: str) -> dict[str, Any]:
-    """Name of each way and what makes its step."""
-
-    def eager() -> Next:
-        own = cache.map(torch.clone)
-        return lambda token: model(token, past_key_values=own, use_cache=True).logits
-
-    ways = {"eager": eager}
-    return ways | ({"graph": lambda: DecodeGraph(model, cache)} if device == "cuda" else {})
-
-
-# -- Mistral --------------------------------------------------------------------------------------
-
-
-def mistral_ways(model: MistralForCausalLM, batch: int, n: int, device: str) -> dict[str, Any]:
-    """The same for Mistral after n tokens."""
-
-    def on(cache: Any, attention: str = "sdpa") -> Next:
-        model.set_attn_implementation(attention)
-        return lambda token: model(token, past_key_values=cache, use_cache=True).logits
-
-    def recorded(attention: str) -> Next:
-        step = on(static_cache(model, batch, n, device), attention)
-        return record(step, batch, device)
-
-    ways = {
-        "eager": lambda: on(growing_cache(model, batch, n, device)),
-        "static": lambda: on(static_cache(model, batch, n, device)),
-    }
-    if device == "cuda":
-        ways["graph"] = lambda: recorded("sdpa")
-        ways["unmasked"] = lambda: recorded("sdpa_without_mask")
-    return ways
-
-
-def _drawn(model: MistralForCausalLM, batch: int, n: int, device: str) -> Tensor:
-    c = model.config
-    width = c.hidden_size // c.num_attention_heads
-    shape = batch, c.num_key_value_heads, n, width
-    return torch.randn(shape, dtype=torch.bfloat16, device=device)
-
-
-def growing_cache(model: MistralForCausalLM, batch: int, n: int, device: str) -> DynamicCache:
-    """Keys and values of n tokens in every layer."""
-    cache = DynamicCache()
-    for layer in range(model.config.num_hidden_layers):
-        cache.update(*(_drawn(model, batch, n, device) for _ in "kv"), layer)
-    return cache
-
-
-def static_cache(
-    model: MistralForCausalLM, batch: int, n: int, device: str, more: int = 256
-) -> StaticCache:
-    """The same with room for ``more`` tokens."""
-    cache = StaticCache(config=model.config, max_cache_len=n + more)
-    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    model(token, past_key_values=cache, use_cache=True)  # makes its tensors
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-        layer.cumulative_length.fill_(n)
-    return cache
-
-
-def record(step: Next, batch: int, device: str) -> Next:
-    """The step as a CUDA graph."""
-    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(token)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step(token)
-
-    def replay(given: Tensor) -> Tensor:
-        token.copy_(given)
-        graph.replay()
-        return logits
-
-    return replay
-
-
-def batch_that_fits(preset: str, batch: int, n: int, device: str) -> int:
-    """The batch, halved until Mistral's keys and values of n tokens fit into the device."""
-    if device != "cuda":
-        return batch
-    c = BMojoConfig.preset(preset, "transformer")
-    one = 2 * 2 * c.num_layers * c.num_kv_heads * c.head_dim * n
-    room = SHARE * torch.cuda.get_device_properties(0).total_memory
-    while batch > 1 and batch * one > room:
-        batch //= 2
-    return batch
-
-
-# -- the record -----------------------------------------------------------------------------------
-
-
-def timed(make: Callable[[], Next], batch: int, tokens: int, device: str) -> Row:
-    """Milliseconds and tokens per second of a way, or its error: other rows are kept."""
+def ours(kind: str, preset: str, batch: int, context: int) -> dict[str, float]:
+    """ms a token of one of our kinds, from Python and captured."""
+    with torch.device("cuda"):
+        model = BMojoForCausalLM(BMojoConfig.preset(preset, kind)).to(torch.bfloat16).eval()
+    generator = torch.Generator("cuda").manual_seed(0)
+    vocabulary, cache, piece = model.config.vocab_size, None, max(512, 32768 // batch)
+    for begun in range(0, context, piece):  # batches of long prompts in pieces that fit
+        columns = min(piece, context - begun)
+        ids = torch.randint(vocabulary, (batch, columns), generator=generator, device="cuda")
+        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+    token = ids[:, -1:]
+    live = cache.map(torch.Tensor.clone)
+    eager = milliseconds(lambda: model(token, past_key_values=live, use_cache=True))
+    torch.cuda.set_sync_debug_mode("error")  # a step that asks the device something is refused
     try:
-        ms = milliseconds(make(), batch, tokens, device)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+        model(token, past_key_values=live, use_cache=True)
     finally:
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return {"ms": ms, "tokens_per_second": round(1000 * batch / ms, 1)}
+        torch.cuda.set_sync_debug_mode("default")
+    graph = DecodeGraph(model, cache)
+    return {"eager_ms": eager, "graph_ms": milliseconds(lambda: graph(token)),
+            "state_mib": cache.nbytes / 2**20,
+            "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
 
 
-def against_mistral(rows: list[Row]) -> list[Row]:
-    """Tokens per second of each of ours over Mistral's: best of each, and graph of each."""
-    speed: dict[tuple, dict[str, float]] = {}
-    for r in rows:
-        if "ms" in r:
-            case = r["preset"], r["kind"], r["batch"], r["length"]
-            speed.setdefault(case, {})[r["way"]] = r["tokens_per_second"]
-    found = []
-    for (preset, kind, batch, length), ours in speed.items():
-        theirs = speed.get((preset, "mistral", batch, length))
-        if kind == "mistral" or theirs is None:
-            continue
-        entry: Row = {"preset": preset, "kind": kind, "batch": batch, "length": length}
-        for name, ways in (("of_transformers", ("eager", "static", "graph")), ("of_all", theirs)):
-            best = max((s for way, s in theirs.items() if way in ways), default=None)
-            if best is not None:
-                entry[f"over_best_{name}"] = round(max(ours.values()) / best, 3)
-        if kind == "bmojo" and length == BAR_LENGTH and "over_best_of_transformers" in entry:
-            entry |= {"bar": BAR, "met": entry["over_best_of_transformers"] >= BAR}
-        found.append(entry)
+def mistral(preset: str, batch: int, context: int) -> dict[str, float]:
+    """ms a token of transformers' Mistral, full attention, its own caches."""
+    with torch.device("cuda"):
+        model = MistralForCausalLM(_mistral(preset)).to(torch.bfloat16).eval()
+    token = torch.zeros(batch, 1, dtype=torch.long, device="cuda")
+    found: dict[str, float] = {"parameters": sum(p.numel() for p in model.parameters())}
+    found["eager_ms"] = milliseconds(_dynamic_step(model, token, context))
+    free()
+    step = _static_step(model, token, context)
+    found["static_ms"] = milliseconds(step)
+    found["graph_ms"] = milliseconds(captured(step))
     return found
 
 
-def steps(arguments: argparse.Namespace) -> Iterator[tuple[Row, Callable[[], Next]]]:
-    """Every row without its times, and what makes its step; models are built on the way."""
-    first, *others = arguments.kinds
-    for preset, kind in product(arguments.presets, (first, "mistral", *others)):
-        head = {"preset": preset, "kind": kind}
-        try:
-            yield from steps_of(head, arguments)
-        except Exception as error:  # in the model or its prompt
-            yield head | {"batch": None, "length": None, "way": "prompt"}, _failing(error)
-        gc.collect()
+def _keys(model: MistralForCausalLM, batch: int, context: int) -> torch.Tensor:
+    c = model.config
+    width = c.hidden_size // c.num_attention_heads
+    shape = (batch, c.num_key_value_heads, context, width)
+    return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
 
-def steps_of(head: Row, arguments: argparse.Namespace) -> Iterator[tuple[Row, Callable[[], Next]]]:
-    """The same for one model."""
-    preset, kind, device = head["preset"], head["kind"], arguments.device
-    model = build(kind, preset, device).eval()
-    head = head | {"parameters": sum(p.numel() for p in model.parameters())}
-    for asked in arguments.batches:
-        fitting: dict[int, list[int]] = {}
-        for n in sorted(arguments.lengths, reverse=True):
-            fitting.setdefault(batch_that_fits(preset, asked, n, device), []).append(n)
-        for batch, lengths in fitting.items():
-            row = head | {"batch": batch} | ({"asked": asked} if batch != asked else {})
-            if kind == "mistral":
-                for n in lengths:
-                    for way, make in mistral_ways(model, batch, n, device).items():
-                        yield row | {"length": n, "way": way}, make
-                continue
-            for n, cache in prompts(model, batch, lengths, device):
-                for way, make in our_ways(model, cache, device).items():
-                    yield row | {"length": n, "way": way, "state_bytes": cache.nbytes}, make
+def _dynamic_step(model: MistralForCausalLM, token: torch.Tensor, context: int) -> Step:
+    cache = DynamicCache(config=model.config)
+    for layer in range(model.config.num_hidden_layers):
+        k = _keys(model, len(token), context)
+        cache.update(k, k, layer)
+
+    def step() -> None:
+        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.crop(-1)
+
+    return step
 
 
-def _failing(error: Exception) -> Callable[[], Next]:
-    def make() -> Next:
-        raise error
+def _static_step(model: MistralForCausalLM, token: torch.Tensor, context: int) -> Step:
+    cache = StaticCache(config=model.config, max_cache_len=context + 1)
+    at = torch.arange(context, device="cuda")
+    for layer in range(model.config.num_hidden_layers):
+        k = _keys(model, len(token), context)
+        cache.update(k, k, layer, {"cache_position": at})
+    here = torch.full((1,), context, dtype=torch.long, device="cuda")
+    position = here.expand(len(token), 1)
 
-    return make
+    def step() -> None:
+        for layer in cache.layers:  # the same place is written again and again
+            if hasattr(layer, "cumulative_length"):
+                _put(layer, context)
+        model(token, past_key_values=cache, use_cache=True, logits_to_keep=1,
+              cache_position=here, position_ids=position)  # fmt: skip
+
+    return step
+
+
+def _put(layer: Any, context: int) -> None:
+    if isinstance(layer.cumulative_length, torch.Tensor):
+        layer.cumulative_length.fill_(context)
+    else:
+        layer.cumulative_length = context
+
+
+def captured(step: Step) -> Step:
+    """The step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def milliseconds(step: Step) -> float:
+    """Median over repeats of the mean time of a run of steps."""
+    times = []
+    for _ in range(REPEATS + 1):
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        for _ in range(STEPS):
+            step()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begun) / STEPS)
+    return round(statistics.median(times[1:]), 4)
+
+
+def free() -> None:
+    """Give memory back between cases."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tokens per second of B'MOJO over Mistral's, the fastest way of each, and the bar."""
+    fastest = {
+        (r["kind"], r["batch"], r["context"]): min(v for k, v in r.items() if k.endswith("_ms"))
+        for r in rows
+        if any(k.endswith("_ms") for k in r)
+    }
+    found = []
+    for (kind, batch, context), ms in fastest.items():
+        theirs = fastest.get(("mistral", batch, context))
+        if kind == "mistral" or theirs is None:
+            continue
+        ratio = theirs / ms
+        row = {"kind": kind, "batch": batch, "context": context, "over_mistral": round(ratio, 2)}
+        if (kind, context) == ("bmojo", 32768):
+            row |= {"bar": BAR, "met": ratio >= BAR}
+        found.append(row)
+    return found
 
 
 @torch.no_grad()
 def main() -> None:
-    """Measure what the time allows and write the record after each row."""
+    """One row a kind, batch and context; the record is written after each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", default="results/decode_gpu.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--presets", nargs="+", default=["130m", "370m"])
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 32])
-    parser.add_argument("--tokens", type=int, default=24, help="tokens a timing")
-    parser.add_argument("--seconds", type=float, default=float("inf"))
+    parser.add_argument("--preset", default="130m")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 8192, 2048])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--kinds", nargs="+", default=["bmojo", "mistral", "hybrid", "mamba"])
+    parser.add_argument("--output", type=Path, default=Path("results/decode_gpu.json"))
     arguments = parser.parse_args()
-    torch.manual_seed(0)
-    begun, rows = time.perf_counter(), []
-    for row, make in steps(arguments):
-        if time.perf_counter() - begun > arguments.seconds:
-            break
-        rows.append(row | timed(make, row["batch"] or 1, arguments.tokens, arguments.device))
-        rows[-1]["at_s"] = round(time.perf_counter() - begun, 1)
-        print(rows[-1], flush=True)
-        record = {"dtype": "bfloat16", "tokens": arguments.tokens, "rows": rows, **provenance()}
-        write_json(Path(arguments.out), record | {"against_mistral": against_mistral(rows)})
+    rows: list[dict[str, Any]] = []
+    for context in arguments.contexts:
+        for batch in arguments.batches:
+            for kind in arguments.kinds:
+                row = {"kind": kind, "batch": batch, "context": context}
+                run = mistral if kind == "mistral" else lambda *a, k=kind: ours(k, *a)
+                try:
+                    row |= run(arguments.preset, batch, context)
+                except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+                    row["error"] = f"{type(error).__name__}: {error}"[:400]
+                free()
+                rows.append(row)
+                print(row, flush=True)
+                record = {"preset": arguments.preset, "rows": rows, "ratios": compare(rows)}
+                write_json(arguments.output, record | provenance())
 
 
 if __name__ == "__main__":

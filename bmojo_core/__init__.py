@@ -14,7 +14,7 @@ from bmojo_core.config import BMojoConfig
 
 if TYPE_CHECKING:
     from bmojo_core.cache import BMojoCache
-    from bmojo_core.decoding import DecodeGraph
+    from bmojo_core.decode_graph import DecodeGraph
     from bmojo_core.modeling import BMojoForCausalLM, BMojoModel
 
 AutoConfig.register("bmojo", BMojoConfig, exist_ok=True)
@@ -24,7 +24,7 @@ __all__ = ["BMojoCache", "BMojoConfig", "BMojoForCausalLM", "BMojoModel", "Decod
 
 _HOME = {
     "BMojoCache": "cache", "BMojoForCausalLM": "modeling", "BMojoModel": "modeling",
-    "DecodeGraph": "decoding",
+    "DecodeGraph": "decode_graph",
 }  # fmt: skip
 
 
