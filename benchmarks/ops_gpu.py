@@ -39,6 +39,7 @@ from bmojo_core.ops import (
     scalar_scan,
     selective_scan,
 )
+from bmojo_core.training import write_json
 
 SCANS = ((8, 2048, 4096), (1, 16384, 4096), (8, 2048, 1536))
 ATTENTIONS = (  # length, key heads, memory tokens; 16384 tokens, 16 heads of 128, window 512
@@ -362,17 +363,19 @@ def flex_case(q: Tensor, k: Tensor, v: Tensor, m: int, weight: Tensor) -> dict:
     )
 
 
-def measure(only: set[str]) -> dict:
+def measure(only: set[str], save: Callable[[dict], None]) -> dict:
+    """All cases asked for; what there is so far is saved after each."""
     torch.manual_seed(0)
     copies, exponentials = copy_rate(), exponential_rate()
     cases: dict[str, list[Callable[[], dict]]] = {
         "scan": [lambda s=s: scan_case(s, copies, exponentials) for s in SCANS],
-        "scalar_scan": [
-            lambda s=s, n=n: scalar_scan_case(s, n, copies) for s in SCANS for n in SCALAR_STATES
-        ],
         "conv": [lambda s=s: conv_case(s, copies) for s in SCANS],
         "innovation": [lambda k=k: innovation_case(16384, 2048, k, copies) for k in (64, 512)],
         "attention": [lambda a=a: attention_case(*a) for a in ATTENTIONS],
+        # last: mamba-ssm's kernels for it take a minute and a half to tune themselves
+        "scalar_scan": [
+            lambda s=s, n=n: scalar_scan_case(s, n, copies) for s in SCANS for n in SCALAR_STATES
+        ],
     }
     results = dict(
         device=torch.cuda.get_device_name(),
@@ -389,7 +392,10 @@ def measure(only: set[str]) -> dict:
     )
     for name in cases:
         if name in only:
-            results[name] = [guarded(case) for case in tqdm(cases[name], desc=name)]
+            results[name] = []
+            for case in tqdm(cases[name], desc=name):
+                results[name].append(guarded(case))
+                save(results)
     return results
 
 
@@ -398,9 +404,9 @@ def main() -> None:
     parser.add_argument("--only", default="scan,scalar_scan,conv,innovation,attention")
     parser.add_argument("--output", type=Path, default=Path("results/benchmark_ops_gpu.json"))
     arguments = parser.parse_args()
-    results = measure(set(arguments.only.split(",")))
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    results = measure(
+        set(arguments.only.split(",")), lambda record: write_json(arguments.output, record)
+    )
     print(json.dumps(results, indent=1))
 
 

@@ -1,6 +1,7 @@
 """Run the GPU tests and write down what happened on which device.
 
     python tests/gpu/record.py [--workers 8] [--sanitize] [--output results/gpu_tests.json]
+    python tests/gpu/record.py --files test_model_gpu.py --output results/gpu_tests_models.json
 
 With --sanitize small_shapes.py runs too, under compute-sanitizer (memcheck, torch's caching
 allocator off), which reports any access outside an allocation.
@@ -26,10 +27,11 @@ HERE = Path(__file__).parent
 STATES = {"failure": "failed", "error": "error", "skipped": "skipped"}
 
 
-def pytest_command(report: Path, *extra: str) -> list[str]:
-    """pytest on this folder alone, so that no other test's needs stand in the way."""
+def pytest_command(report: Path, files: list[str], *extra: str) -> list[str]:
+    """pytest on this folder, or on files of it, so that no other test's needs stand in the way."""
     options = ["-o", "addopts=", "-p", "no:cacheprovider", f"--confcutdir={HERE}", "-q"]
-    return [sys.executable, "-m", "pytest", str(HERE), *options, f"--junitxml={report}", *extra]
+    chosen = [str(HERE / name) for name in files] or [str(HERE)]
+    return [sys.executable, "-m", "pytest", *chosen, *options, f"--junitxml={report}", *extra]
 
 
 def outcomes(report: Path) -> dict:
@@ -43,11 +45,11 @@ def outcomes(report: Path) -> dict:
     return dict(counts=counts, tests=tests)
 
 
-def run_tests(workers: int) -> dict:
+def run_tests(workers: int, files: list[str]) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         report, start = Path(folder) / "report.xml", time.perf_counter()
         spread = ["-n", str(workers)] if workers > 1 else []
-        done = subprocess.run(pytest_command(report, *spread), check=False)
+        done = subprocess.run(pytest_command(report, files, *spread), check=False)
         seconds = round(time.perf_counter() - start, 1)
         return dict(exit_code=done.returncode, seconds=seconds, **outcomes(report))
 
@@ -68,6 +70,7 @@ def run_sanitizer() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--files", nargs="+", default=[], help="of this folder; default: all")
     parser.add_argument("--sanitize", action="store_true")
     parser.add_argument("--only-sanitize", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("results/gpu_tests.json"))
@@ -77,7 +80,7 @@ def main() -> None:
         versions=dict(torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda),
     )
     if not arguments.only_sanitize:
-        record["pytest"] = run_tests(arguments.workers)
+        record["pytest"] = run_tests(arguments.workers, arguments.files)
     if arguments.sanitize or arguments.only_sanitize:
         record["compute_sanitizer"] = run_sanitizer()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
