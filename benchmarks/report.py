@@ -128,6 +128,40 @@ def models() -> str:
 KINDS = ("mamba", "hybrid", "bmojo_f", "bmojo", "transformer")
 
 
+def decoding() -> str:
+    """One token after a long context, on a GPU; nothing while there is no record."""
+    if not (ROOT / "results" / "decode_gpu.json").exists():
+        return ""
+    d = load("decode_gpu")
+    by = {(r["kind"], r["batch"], r["context"]): r for r in d["rows"] if "error" not in r}
+    rows = []
+    for compared in d["ratios"]:
+        kind, batch, context = (compared[name] for name in ("kind", "batch", "context"))
+        ours, theirs = by[kind, batch, context], by["mistral", batch, context]
+        uncaptured = min(theirs["eager_ms"], theirs["static_ms"])
+        rows.append([
+            kind, str(context), str(batch), f"{ours['eager_ms']:.1f}", f"{ours['graph_ms']:.1f}",
+            f"{uncaptured:.1f}", f"{theirs['graph_ms']:.1f}", f"{compared['over_mistral']:.2f}",
+        ])  # fmt: skip
+    head = ["kind", "context", "batch", "step by step, ms", "as a graph", "Mistral step by step",
+            "Mistral as a graph", "tokens per second over Mistral's"]  # fmt: skip
+    bars = [r for r in d["ratios"] if "bar" in r]
+    met = [f"batch {r['batch']}" for r in bars if r["met"]]
+    missed = [f"batch {r['batch']}" for r in bars if not r["met"]]
+    return (
+        f"## Decoding on one {d['device']}, preset {d['preset']}, bfloat16\n\n"
+        "Milliseconds of one token of every row, called step by step from Python and captured as a "
+        "CUDA graph (`bmojo_core.DecodeGraph`). Mistral is transformers' class in the same size "
+        "with full attention; step by step with the faster of its two caches. The last column "
+        "compares the fastest way of each.\n\n"
+        + table(head, rows)
+        + f"\n\n{bars[0]['bar']:.0f} times was asked for at {bars[0]['context']} tokens. Met: "
+        f"{', '.join(met) or 'nowhere'}; not met: {', '.join(missed) or 'nowhere'}. At batch 1 the "
+        "time of a captured step is that of its many short kernels: it hardly changes with the "
+        "context or the batch."
+    )
+
+
 def with_seeds(runs: list[float]) -> str:
     """The mean, and in brackets how many runs it is of where they are fewer than three."""
     return f"{mean(runs):.2f}" + (f" ({len(runs)})" if len(runs) < 3 else "")
@@ -200,7 +234,8 @@ def page() -> str:
         "`results/`, which hold versions, machine and sizes. Timed comparisons ran in one process "
         "each. Some CPU records were taken on a busy machine: read ratios, not times.\n\n"
     )
-    return head + "\n\n".join([theory(), laptop(), kernels(), models(), recall()]) + "\n"
+    parts = theory(), laptop(), kernels(), models(), decoding(), recall()
+    return head + "\n\n".join(part for part in parts if part) + "\n"
 
 
 if __name__ == "__main__":
