@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rotary import Rotary
-from bmojo_core.layers.rows import is_valid, may_hold, some_row, take
+from bmojo_core.layers.rows import is_valid, some_row, take
 from bmojo_core.ops import memory_attention
 from bmojo_core.ops.memory_attention.step import write_compiled
 
@@ -230,16 +230,15 @@ def attend_step(
 ) -> Float[Tensor, "b 1 h p"]:
     """One query against the memory tokens and all written places of the ring.
 
-    The softmax does not care for order, so the ring needs no sorting.
+    ``mem_valid`` says which memory tokens there are (all, when None).  The softmax does not care
+    for order, so the ring needs no sorting.
     """
     mask = None  # a long sequence sees every place, and attention without a mask is faster
-    if some_row(start, lambda read: read < w - 1) or (
-        mem_valid is not None and may_hold(~mem_valid)
-    ):
+    if mem_valid is not None or some_row(start, lambda read: read < w - 1):
         visible = torch.arange(w, device=q.device) <= start[:, None]  # place s holds position s
-        if mem_valid is not None:
-            visible = torch.cat([mem_valid, visible], 1)
-        mask = visible[:, None, None, :]
+        if mem_valid is None:
+            mem_valid = visible.new_ones(visible.shape[0], register.k.shape[2] - w)
+        mask = torch.cat([mem_valid, visible], 1)[:, None, None, :]
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), register.k, register.v, attn_mask=mask,
         enable_gqa=q.shape[2] != register.k.shape[1],

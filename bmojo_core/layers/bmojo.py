@@ -50,7 +50,7 @@ from bmojo_core.layers.attention import (
 )
 from bmojo_core.layers.eidetic import Before, EideticState, InUse, Memory, Tokens
 from bmojo_core.layers.mamba import Mamba, SSMState
-from bmojo_core.layers.rows import align, is_valid, slide, some_row, take, unalign
+from bmojo_core.layers.rows import align, is_valid, may_lack, slide, some_row, take, unalign
 from bmojo_core.layers.selection import (
     Observed,
     also_minimise,
@@ -371,7 +371,8 @@ class MemoryAttention(nn.Module):
         else:
             current = self._begin_chunk(y, carried, window, best, start)
             self._store(best, stream)
-        heads = attend_step(q, window, self.settings.window, start, current.valid)
+        there = current.valid if may_lack(current.valid) else None
+        heads = attend_step(q, window, self.settings.window, start, there)
         if self.gated:
             nothing = torch.zeros_like(current.valid)
             alone = attend_step(q, window, self.settings.window, start, nothing)

@@ -13,7 +13,10 @@ Symbols: b batch, l columns, ... any trailing shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -84,18 +87,52 @@ def unalign(
     return take(x, phase[:, None] + torch.arange(columns, device=x.device))
 
 
-def may_hold(condition: Bool[Tensor, "*b"]) -> bool:
-    """Whether work that only some rows need is worth doing: asked where the answer is cheap.
+class Known(NamedTuple):
+    """What the host knows of the rows without asking the device."""
 
-    On an accelerator, or while a graph is traced, the answer would make everything wait.
-    """
-    if condition.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    return bool(condition.any())
+    read: list[int]  # tokens of each row
+    memory_full: bool  # no place of the memory in use is empty
+
+
+_KNOWN: ContextVar[Known | None] = ContextVar("known", default=None)
+
+
+@contextmanager
+def known(read: list[int], memory_full: bool) -> Iterator[None]:
+    """Let a step on an accelerator do what its rows need and no more, as one on a CPU does."""
+    token = _KNOWN.set(Known(read, memory_full))
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
+def _answers(x: Tensor) -> bool:
+    """Whether a question to this tensor is cheap: an accelerator, or a graph being traced, would
+    make everything wait."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _host() -> Known | None:
+    return None if torch.compiler.is_compiling() else _KNOWN.get()
+
+
+def may_hold(condition: Bool[Tensor, "*b"]) -> bool:
+    """Whether work that only some rows need is worth doing: asked where the answer is cheap."""
+    return not _answers(condition) or bool(condition.any())
+
+
+def may_lack(valid: Bool[Tensor, "b m"]) -> bool:
+    """Whether a place of the memory in use may be empty."""
+    if _answers(valid):
+        return not bool(valid.all())
+    host = _host()
+    return host is None or not host.memory_full
 
 
 def some_row(read: Int[Tensor, "b"], condition: Callable[[int], bool]) -> bool:
     """`may_hold` of a condition on the tokens that each row has read, asked without a tensor."""
-    if read.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
-    return any(map(condition, read.tolist()))
+    if _answers(read):
+        return any(map(condition, read.tolist()))
+    host = _host()
+    return host is None or any(map(condition, host.read))
