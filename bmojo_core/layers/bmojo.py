@@ -229,12 +229,13 @@ class MemoryAttention(nn.Module):
             scored, past = y, carried.outputs
         past = past[:, past.shape[1] - c.innovation_taps :]
         seen = Observed(
-            scored, past, k, carried.key_sum, at, oracle, c.innovation_taps, c.selection_seed,
+            scored, past, k, carried.key_sum, at, oracle, c.innovation_taps,
+            self.config.selection_seed,
             self.predictor if self.asks["predictor"] else None, window_mass,
         )  # fmt: skip
         if c.num_eidetic_tokens == 0:
             return Tokens(k, v, at.float(), at), seen
-        score = score_tokens(c.selection, seen)
+        score = score_tokens(self.config.selection, seen)  # the rule may be exchanged at any time
         memory_k, memory_v = self.memory_keys_values(u, at, (k, v))
         return Tokens(memory_k, memory_v, score, at), seen
 

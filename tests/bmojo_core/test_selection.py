@@ -65,3 +65,23 @@ def test_a_field_that_is_not_on_demand_is_refused():
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="'innovation' is already registered"):
         register_policy("innovation")(lambda seen: seen.position.float())
+
+
+def test_the_rule_of_a_trained_model_is_exchanged_by_its_configuration():
+    from bmojo_core import BMojoConfig, BMojoForCausalLM
+    from bmojo_core.inspect import memory_trace
+
+    sizes = dict(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, window=4)
+    config = BMojoConfig.bmojo(**sizes, num_fading_tokens=1, num_eidetic_tokens=4)
+    model, ids = BMojoForCausalLM(config).eval(), torch.randint(32, (1, 30))
+    model.config.selection = "recency"
+    (trace,) = memory_trace(model, ids)
+    begins = 28  # the last chunk's memory holds what came right before it
+    assert sorted(trace.position[0, -1].tolist()) == list(range(begins - 4, begins))
+    with torch.no_grad():
+        whole = model(ids).logits
+        state, said = model(ids[:, :20], use_cache=True).past_key_values, []
+        for t in range(20, 30):
+            out = model(ids[:, t : t + 1], past_key_values=state, use_cache=True)
+            said.append(out.logits)
+    torch.testing.assert_close(torch.cat(said, 1), whole[:, 20:], rtol=1e-4, atol=1e-5)
