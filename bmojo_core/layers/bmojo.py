@@ -181,6 +181,8 @@ class MemoryAttention(nn.Module):
         oracle: Float[Tensor, "b l"] | None,
     ) -> tuple[Float[Tensor, "b l d"], tuple[Register, EideticState, Tensor] | None]:
         """Output and, if ``keep_state``, (register, memory, tail of the key convolution)."""
+        if state is None:  # a rule may be exchanged; a state goes on by what it was made by
+            self.settings = eidetic.Settings.of(self.config)
         at = positions(start, u)
         content, tail = self._content(u, state, lengths, keep_state)
         q = self.projections.queries(u, at)
@@ -229,13 +231,12 @@ class MemoryAttention(nn.Module):
             scored, past = y, carried.outputs
         past = past[:, past.shape[1] - c.innovation_taps :]
         seen = Observed(
-            scored, past, k, carried.key_sum, at, oracle, c.innovation_taps,
-            self.config.selection_seed,
+            scored, past, k, carried.key_sum, at, oracle, c.innovation_taps, c.selection_seed,
             self.predictor if self.asks["predictor"] else None, window_mass,
         )  # fmt: skip
         if c.num_eidetic_tokens == 0:
             return Tokens(k, v, at.float(), at), seen
-        score = score_tokens(self.config.selection, seen)  # the rule may be exchanged at any time
+        score = score_tokens(c.selection, seen)
         memory_k, memory_v = self.memory_keys_values(u, at, (k, v))
         return Tokens(memory_k, memory_v, score, at), seen
 
@@ -309,11 +310,8 @@ class MemoryAttention(nn.Module):
     # -- three ways to read: from the start, from a carried state, one token --------------------
 
     def _from_start(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
-        c, m_f, m_e = (
-            self.settings,
-            self.settings.num_fading_tokens,
-            self.settings.num_eidetic_tokens,
-        )
+        c = self.settings
+        m_f, m_e = c.num_fading_tokens, c.num_eidetic_tokens
         length = eidetic.chunk_length(c)
         chunks = -(-q.shape[1] // length)
         details = keep_state or bool(self.watchers)

@@ -21,7 +21,6 @@ e_i        score of token i (``selection``)     f        phase: tokens already r
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -39,10 +38,9 @@ State = TypeVar("State", bound=tuple)  # a named tuple of tensors
 EMPTY = float("-inf")  # the score of a place that holds nothing
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(NamedTuple):
     """What a layer reads of its configuration at every token, where a look-up there takes
-    microseconds; names and meanings are the configuration's."""
+    microseconds; names and meanings are the configuration's.  Copied as a sequence begins."""
 
     hidden_size: int
     head_dim: int
@@ -63,7 +61,7 @@ class Settings:
     @classmethod
     def of(cls, config: BMojoConfig) -> Settings:
         """Copied from a configuration."""
-        return cls(**{field.name: getattr(config, field.name) for field in fields(cls)})
+        return cls(*[getattr(config, name) for name in cls._fields])
 
 
 class Tokens(NamedTuple):

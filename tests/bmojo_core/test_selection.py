@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.layers.selection import NEEDS, POLICIES, register_policy
 
 
@@ -67,21 +68,22 @@ def test_a_name_is_taken_once():
         register_policy("innovation")(lambda seen: seen.position.float())
 
 
-def test_the_rule_of_a_trained_model_is_exchanged_by_its_configuration():
-    from bmojo_core import BMojoConfig, BMojoForCausalLM
-    from bmojo_core.inspect import memory_trace
-
+@pytest.mark.parametrize("rule", ["recency", "key_diversity", "random"])
+def test_the_rule_of_a_trained_model_is_exchanged_by_its_configuration(rule):
     sizes = dict(vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, window=4)
     config = BMojoConfig.bmojo(**sizes, num_fading_tokens=1, num_eidetic_tokens=4)
-    model, ids = BMojoForCausalLM(config).eval(), torch.randint(32, (1, 30))
-    model.config.selection = "recency"
-    (trace,) = memory_trace(model, ids)
-    begins = 28  # the last chunk's memory holds what came right before it
-    assert sorted(trace.position[0, -1].tolist()) == list(range(begins - 4, begins))
+    built = BMojoForCausalLM(config).eval()
+    meant = BMojoForCausalLM(BMojoConfig.from_dict({**config.to_dict(), "selection": rule})).eval()
+    meant.load_state_dict(built.state_dict())
+    ids = torch.randint(32, (1, 30))
     with torch.no_grad():
-        whole = model(ids).logits
-        state, said = model(ids[:, :20], use_cache=True).past_key_values, []
+        before = built(ids).logits
+        built.config.selection = rule
+        state, said = built(ids[:, :20], use_cache=True).past_key_values, []
         for t in range(20, 30):
-            out = model(ids[:, t : t + 1], past_key_values=state, use_cache=True)
+            out = built(ids[:, t : t + 1], past_key_values=state, use_cache=True)
             said.append(out.logits)
-    torch.testing.assert_close(torch.cat(said, 1), whole[:, 20:], rtol=1e-4, atol=1e-5)
+        expected = meant(ids).logits
+        torch.testing.assert_close(built(ids).logits, expected)
+    assert not torch.allclose(before, expected)
+    torch.testing.assert_close(torch.cat(said, 1), expected[:, 20:], rtol=1e-4, atol=1e-5)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from bmojo_core.ops._checks import compute_dtype
 from bmojo_core.ops.scalar_scan import kernels
-from bmojo_core.ops.scalar_scan.reference import step_size
+from bmojo_core.ops.selective_scan.reference import step_size
 
 WIDEST_HEAD, MOST_STATES = 64, 128
 SHORT, LONG = 32, 64  # positions of a chunk in float32 and in half precision

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops.selective_scan.reference import step_size
 
 
 def scalar_scan_reference(
@@ -46,12 +47,3 @@ def scalar_scan_reference(
     if z is not None:
         y = y * F.silu(z.to(dtype))
     return y.to(u.dtype), X.flatten(1, 2)
-
-
-def step_size(
-    delta: Float[Tensor, "b l h"], delta_bias: Float[Tensor, "h"] | None, delta_softplus: bool
-) -> Float[Tensor, "b l h"]:
-    """Effective step size: `delta + delta_bias`, through a softplus when asked."""
-    if delta_bias is not None:
-        delta = delta + delta_bias.to(delta.dtype)
-    return F.softplus(delta) if delta_softplus else delta

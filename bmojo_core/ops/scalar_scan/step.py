@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bmojo_core.ops._checks import compute_dtype, widened
-from bmojo_core.ops.scalar_scan.reference import step_size
+from bmojo_core.ops.selective_scan.reference import step_size
 
 
 def scalar_scan_step(

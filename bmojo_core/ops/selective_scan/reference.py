@@ -50,7 +50,10 @@ def selective_scan_reference(
 def step_size(
     delta: Float[Tensor, "b l d"], delta_bias: Float[Tensor, "d"] | None, delta_softplus: bool
 ) -> Float[Tensor, "b l d"]:
-    """Effective step size: `delta + delta_bias`, through a softplus when asked."""
+    """Effective step size: `delta + delta_bias`, through a softplus when asked.
+
+    Of channels here, of heads in the scalar scan.
+    """
     if delta_bias is not None:
         delta = delta + delta_bias.to(delta.dtype)
     return F.softplus(delta) if delta_softplus else delta
