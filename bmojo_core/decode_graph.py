@@ -2,12 +2,12 @@
 
     logits = graph(token)        the cache has moved on by one token, in its own tensors
 
-A step of a small model is a few hundred short kernels, and a host launches them more slowly than a
-GPU runs them.  Captured once, they are replayed by a single call.  That works because the state has
-one size at any length and the step asks the device nothing: what depends on the position is
-decided by tensors, or by the host's own count of tokens.  By that count there are two graphs: one
-for a token that begins a chunk in some row, with the memory of the new chunk, and a shorter one for
-all others.  Each is captured when it is first needed.
+A step is many short kernels, and a host launches them more slowly than a GPU runs them.  Captured
+once, they are replayed by a single call.  That works because the state has one size at any length
+and the step asks the device nothing: what depends on the position is decided by tensors, or by the
+host's own count of tokens.  By that count there are two graphs: one for a token that begins a chunk
+in some row, with the memory of the new chunk, and a shorter one for all others.  Each is captured
+when it is first needed.
 
 The step computes new tensors for what it does not write in place; inside the graph they are copied
 back to where the next replay reads.
