@@ -372,7 +372,7 @@ def measure(only: set[str], save: Callable[[dict], None]) -> dict:
         "conv": [lambda s=s: conv_case(s, copies) for s in SCANS],
         "innovation": [lambda k=k: innovation_case(16384, 2048, k, copies) for k in (64, 512)],
         "attention": [lambda a=a: attention_case(*a) for a in ATTENTIONS],
-        # last: mamba-ssm's kernels for it take a minute and a half to tune themselves
+        # last: its first case once took a minute and a half, compilation and tuning included
         "scalar_scan": [
             lambda s=s, n=n: scalar_scan_case(s, n, copies) for s in SCANS for n in SCALAR_STATES
         ],
