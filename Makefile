@@ -57,7 +57,7 @@ out/tour/index.html: $(NOTEBOOKS) notebooks/00_tour.ipynb $(SOURCES)
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300 \
          --nbval-kernel-startup-timeout 300
 
-test: $(TEST) ## run the whole suite: unit, property, notebooks (10 minutes)
+test: $(TEST) ## run the whole suite: unit, property, notebooks (11 minutes)
 	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks,docs,test]"' \
 	  '    pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests' '    pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb' ''
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
