@@ -2,35 +2,43 @@
 
     logits = graph(token)        the cache has moved on by one token, in its own tensors
 
-A step is many short kernels, and a host launches them more slowly than a GPU runs them.  Captured
-once, they are replayed by a single call.  That works because the state has one size at any length
-and the step asks the device nothing: what depends on the position is decided by tensors, or by the
-host's own count of tokens.  By that count there are two graphs: one for a token that begins a chunk
-in some row, with the memory of the new chunk, and a shorter one for all others.  Each is captured
-when it is first needed.
+A step is many short kernels, and a host launches them more slowly than a GPU runs them.  Two things
+are done about it.  torch.compile fuses what stands between two products with weights, once for each
+kind of sublayer; and all that is left, captured once, is replayed by a single call.  That works
+because the state has one size at any length and the step asks the device nothing: what depends on
+the position is decided by tensors, or by the host's own count of tokens.  By that count there are
+two graphs: one for a token that begins a chunk in some row, with the memory of the new chunk, and a
+shorter one for all others.
 
-The step computes new tensors for what it does not write in place; inside the graph they are copied
-back to where the next replay reads.
+Symbols: b batch, v vocabulary, d model width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from bmojo_core.cache import BMojoCache
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.bmojo import BMojoState
 from bmojo_core.layers.eidetic import EMPTY, chunk_length
-from bmojo_core.layers.rows import known
+from bmojo_core.layers.rows import Known, known
 from bmojo_core.modeling import BMojoForCausalLM
 
 WARM_UPS = 3  # kernels are compiled and workspaces made before the capture
+VARIANTS = 64  # of one traced function: kinds of sublayers, batch sizes, what is known
+Sublayer = Callable[[nn.Module, Tensor, Any, Tensor], Tensor]
 
 
 class DecodeGraph:
     """The decode step of ``model`` for the batch whose state is ``cache``.
+
+    Making one takes seconds to a minute, most of it torch.compile, which keeps what it has made on
+    disk for the next time.
 
     Parameters
     ----------
@@ -63,37 +71,40 @@ class DecodeGraph:
         cache.own()
         self.token = torch.zeros(len(cache.position), 1, dtype=torch.long, device=device)
         self.read = cache.position.tolist()  # the one question to the device
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._graph()
+        now = what_is_known(model.config, cache, self.read)
+        kinds = {True, False} if "bmojo" in model.config.layer_types else {False}
+        self.graphs = {begins: self._capture(now._replace(chunk_begins=begins)) for begins in kinds}
 
     def __call__(self, token: Int[Tensor, "b 1"]) -> Float[Tensor, "b v"]:
         """Logits of the next token; overwritten by the next call."""
         self.token.copy_(token)
-        graph, logits = self._graph()
+        graph, logits = self.graphs[chunk_begins(self.model.config, self.read)]
         graph.replay()
         self.cache.columns += 1
         self.read = [read + 1 for read in self.read]
         return logits
 
-    def _graph(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """The graph for the next token, and where it leaves its logits."""
-        begins = chunk_begins(self.model.config, self.read)
-        if begins not in self.graphs:
-            with known(self.read, memory_full(self.cache)):
-                self.graphs[begins] = self._capture()
-        return self.graphs[begins]
-
-    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    @torch.no_grad()
+    def _capture(self, what: Known) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """The step's graph, and where it leaves its logits."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                step_in_place(self.model, self.token, self.cache.map(Tensor.clone))
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = step_in_place(self.model, self.token, self.cache)
+        with known(what), torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    copy = self.cache.map(Tensor.clone)
+                    step_in_place(self.model, self.token, copy, fused_sublayer)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = step_in_place(self.model, self.token, self.cache, fused_sublayer)
         return graph, logits
+
+
+def what_is_known(config: BMojoConfig, cache: BMojoCache, read: list[int]) -> Known:
+    """What the host may rely on for all tokens to come, and whether the next begins a chunk."""
+    window_full = all(r >= config.window - 1 for r in read)
+    return Known(chunk_begins(config, read), window_full, memory_full(cache))
 
 
 def chunk_begins(config: BMojoConfig, read: list[int]) -> bool:
@@ -110,24 +121,42 @@ def memory_full(cache: BMojoCache) -> bool:
     return current and all(bool((state.best.score > EMPTY).all()) for state in states)
 
 
+def sublayer_in_place(
+    layer: nn.Module, h: Float[Tensor, "b 1 d"], state: Any, start: Int[Tensor, "b"]
+) -> Float[Tensor, "b 1 d"]:
+    """The stream after one sublayer, its new state written into the tensors of ``state``."""
+    h, new = layer(h, state, start, None, True)
+    for place, moved in [*zip(_tensors(state), _tensors(new), strict=True)]:
+        if moved is not place:
+            place.copy_(moved)
+    return h
+
+
+fused_sublayer: Sublayer = torch.compile(sublayer_in_place, fullgraph=True, dynamic=False)
+
+
 @torch.no_grad()
 def step_in_place(
-    model: BMojoForCausalLM, token: Int[Tensor, "b 1"], cache: BMojoCache
+    model: BMojoForCausalLM,
+    token: Int[Tensor, "b 1"],
+    cache: BMojoCache,
+    sublayer: Sublayer = sublayer_in_place,
 ) -> Float[Tensor, "b v"]:
     """Logits (b, v) after one token, the new state written into the tensors of ``cache``.
 
     ``cache.columns`` is the host's count and stays as it was.
     """
-    places = list(cache.tensors())
-    moving = BMojoCache(cache.states, cache.position, cache.columns)
-    logits = model(token, past_key_values=moving, use_cache=True).logits[:, -1]
-    held = {place.untyped_storage().data_ptr() for place in places}
-    changed = [
-        # a view of another place must be read before that place is written
-        (place, new.clone() if new.untyped_storage().data_ptr() in held else new)
-        for place, new in zip(places, moving.tensors(), strict=True)
-        if new is not place
-    ]
-    for place, new in changed:
-        place.copy_(new)
-    return logits
+    h = model.model.embed_tokens(token)
+    for layer, state in zip(model.model.layers, cache.states, strict=True):
+        h = sublayer(layer, h, state, cache.position)
+    cache.position += 1
+    return model.lm_head(model.model.norm(h))[:, -1]
+
+
+def _tensors(state: Any) -> Iterator[Tensor]:
+    """The tensors of nested named tuples."""
+    if isinstance(state, Tensor):
+        yield state
+    elif state is not None:
+        for part in state:
+            yield from _tensors(part)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rotary import Rotary
-from bmojo_core.layers.rows import is_valid, some_row, take
+from bmojo_core.layers.rows import is_valid, may_lack_window, take
 from bmojo_core.ops import memory_attention
 from bmojo_core.ops.memory_attention.step import write_compiled
 
@@ -234,7 +234,7 @@ def attend_step(
     for order, so the ring needs no sorting.
     """
     mask = None  # a long sequence sees every place, and attention without a mask is faster
-    if mem_valid is not None or some_row(start, lambda read: read < w - 1):
+    if mem_valid is not None or may_lack_window(start, w):
         visible = torch.arange(w, device=q.device) <= start[:, None]  # place s holds position s
         if mem_valid is None:
             mem_valid = visible.new_ones(visible.shape[0], register.k.shape[2] - w)

@@ -50,7 +50,15 @@ from bmojo_core.layers.attention import (
 )
 from bmojo_core.layers.eidetic import Before, EideticState, InUse, Memory, Tokens
 from bmojo_core.layers.mamba import Mamba, SSMState
-from bmojo_core.layers.rows import align, is_valid, may_lack, slide, some_row, take, unalign
+from bmojo_core.layers.rows import (
+    align,
+    is_valid,
+    may_begin_chunk,
+    may_lack,
+    slide,
+    take,
+    unalign,
+)
 from bmojo_core.layers.selection import (
     Observed,
     also_minimise,
@@ -388,7 +396,7 @@ class MemoryAttention(nn.Module):
     ) -> InUse:  # fmt: skip
         """Rows at the beginning of a chunk get a new memory, written before their window's ring."""
         length = eidetic.chunk_length(self.settings)
-        if not self.has_memory or not some_row(start, lambda read: read % length == 0):
+        if not self.has_memory or not may_begin_chunk(start, length):
             return carried.current
         begins = start % length == 0
         fading = self.fading(y, carried.outputs, start, 1, torch.zeros_like(start))

@@ -13,9 +13,8 @@ Symbols: b batch, l columns, ... any trailing shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -88,33 +87,33 @@ def unalign(
 
 
 class Known(NamedTuple):
-    """What the host knows of the rows without asking the device."""
+    """What the host knows of the rows before a step, without asking the device."""
 
-    read: list[int]  # tokens of each row
+    chunk_begins: bool  # the next token of some row is the first of a chunk
+    window_full: bool  # every row has read enough to fill the window of its next token
     memory_full: bool  # no place of the memory in use is empty
 
 
-_KNOWN: ContextVar[Known | None] = ContextVar("known", default=None)
+# A plain variable: unlike a ContextVar's, its value can be read by a step that is being traced,
+# and the traced step is used again only where the value is the same.
+_known: Known | None = None
 
 
 @contextmanager
-def known(read: list[int], memory_full: bool) -> Iterator[None]:
+def known(what: Known) -> Iterator[None]:
     """Let a step on an accelerator do what its rows need and no more, as one on a CPU does."""
-    token = _KNOWN.set(Known(read, memory_full))
+    global _known
+    before, _known = _known, what
     try:
         yield
     finally:
-        _KNOWN.reset(token)
+        _known = before
 
 
 def _answers(x: Tensor) -> bool:
     """Whether a question to this tensor is cheap: an accelerator, or a graph being traced, would
     make everything wait."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _host() -> Known | None:
-    return None if torch.compiler.is_compiling() else _KNOWN.get()
 
 
 def may_hold(condition: Bool[Tensor, "*b"]) -> bool:
@@ -126,13 +125,18 @@ def may_lack(valid: Bool[Tensor, "b m"]) -> bool:
     """Whether a place of the memory in use may be empty."""
     if _answers(valid):
         return not bool(valid.all())
-    host = _host()
-    return host is None or not host.memory_full
+    return _known is None or not _known.memory_full
 
 
-def some_row(read: Int[Tensor, "b"], condition: Callable[[int], bool]) -> bool:
-    """`may_hold` of a condition on the tokens that each row has read, asked without a tensor."""
+def may_begin_chunk(read: Int[Tensor, "b"], length: int) -> bool:
+    """Whether the next token may be the first of a chunk in some row."""
     if _answers(read):
-        return any(map(condition, read.tolist()))
-    host = _host()
-    return host is None or any(map(condition, host.read))
+        return any(r % length == 0 for r in read.tolist())
+    return _known is None or _known.chunk_begins
+
+
+def may_lack_window(read: Int[Tensor, "b"], w: int) -> bool:
+    """Whether the window of the next token may reach before the beginning of some row."""
+    if _answers(read):
+        return any(r < w - 1 for r in read.tolist())
+    return _known is None or not _known.window_full

@@ -41,6 +41,15 @@ def widened(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None,
     return tuple(t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors)
 
 
+def is_one_step(x: Tensor) -> bool:
+    """Whether `x` (b, l, d) is a single position for which the plain equation is the fastest.
+
+    That is on a CPU, and where a compiler traces the call: it fuses an equation with its
+    neighbours, not a kernel of ours.
+    """
+    return x.shape[1] == 1 and (x.device.type == "cpu" or torch.compiler.is_compiling())
+
+
 def check_shape(name: str, tensor: Tensor | None, expected: Mapping[str, int]) -> None:
     """Check that `tensor`, when given, is floating point with exactly the `expected` axes.
 

@@ -5,7 +5,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmojo_core import BMojoConfig, BMojoForCausalLM
-from bmojo_core.decode_graph import DecodeGraph, chunk_begins, memory_full, step_in_place
+from bmojo_core.decode_graph import (
+    DecodeGraph,
+    chunk_begins,
+    memory_full,
+    step_in_place,
+    what_is_known,
+)
 from bmojo_core.layers import rows
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "num_layers": 2, "num_heads": 2, "window": 8}
@@ -81,7 +87,8 @@ def test_the_host_counts_as_the_device_would(kind, changes, beginnings, monkeypa
                 patch.setattr(rows, "_answers", lambda x: False)
                 with Operations() as unknowing:
                     torch.testing.assert_close(step_in_place(model, token, asked), want)
-                with rows.known(read, memory_full(known)), Operations() as knowing:
+                what = what_is_known(model.config, known, read)
+                with rows.known(what), Operations() as knowing:
                     torch.testing.assert_close(step_in_place(model, token, known), want)
             counts.append((chunk_begins(model.config, read), knowing.count, unknowing.count))
             read = [r + 1 for r in read]
@@ -98,6 +105,8 @@ def test_what_the_host_can_know():
         short, long = (model(torch.zeros(2, n, dtype=torch.long), use_cache=True).past_key_values
                        for n in (5, 40))  # fmt: skip
     assert not memory_full(short) and memory_full(long)
+    assert what_is_known(model.config, long, [40, 40]) == (True, True, True)
+    assert what_is_known(model.config, short, [5, 9]) == (False, False, False)
     assert chunk_begins(model.config, [8, 3]) and not chunk_begins(model.config, [9, 3])
     assert chunk_begins(made("bmojo", {"memory_update": "token"}).config, [3])
     assert not chunk_begins(made("mamba", {}).config, [8])

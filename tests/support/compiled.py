@@ -7,6 +7,10 @@ import copy
 
 import peaky
 import torch
+from torch._dynamo.backends.debugging import aot_eager
+
+from bmojo_core.decode_graph import step_in_place, sublayer_in_place, what_is_known
+from bmojo_core.layers.rows import known
 
 
 def traced(module):
@@ -37,10 +41,45 @@ def check_model(kind: str) -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max(), kind
 
 
+def check_decode_step(kind: str, **changes) -> None:
+    """A decode step sublayer by sublayer, as DecodeGraph has it compiled: state and logits.
+
+    One graph serves all sublayers of a kind, as long as the host knows the same of the rows.
+    """
+    torch._dynamo.reset()
+    graphs, met = [], set()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)
+
+    sublayer = torch.compile(sublayer_in_place, fullgraph=True, dynamic=False, backend=backend)
+    model, tokens = peaky.model(kind, dtype=torch.float32, **changes).eval(), peaky.ids(3, 34)
+    with torch.no_grad():
+        plain = model(tokens[:, :22], use_cache=True).past_key_values
+        placed = plain.map(torch.Tensor.clone)
+        for t in range(22, 34):
+            token = tokens[:, t : t + 1]
+            want = model(token, past_key_values=plain, use_cache=True).logits[:, -1]
+            what = what_is_known(model.config, placed, placed.position.tolist())
+            met.add(what)
+            with known(what):
+                got = step_in_place(model, token, placed, sublayer)
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(plain.tensors(), placed.tensors(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert len(graphs) == len(met) * len(set(model.config.layer_types)), (kind, changes)
+
+
 if __name__ == "__main__":
     check_layer(memory_update="chunk")
     check_layer(memory_update="token", wiring="parallel")
     check_layer(fading="scalar_decay", ssm_head_dim=8)
     for kind in ("transformer", "hybrid", "bmojo"):
         check_model(kind)
+    for kind in ("hybrid", "bmojo_f", "bmojo"):
+        check_decode_step(kind)
+    check_decode_step("bmojo", memory_update="token", wiring="parallel")
+    check_decode_step("bmojo", fading="scalar_decay", ssm_head_dim=8, key_kernel=3)
+    check_decode_step("bmojo", selection="accumulated_attention", memory_gates=True)
     print("compiled equals eager")

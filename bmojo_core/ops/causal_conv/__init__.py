@@ -13,7 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import check_backend, check_companions, check_rank, check_shape
+from bmojo_core.ops._checks import (
+    check_backend,
+    check_companions,
+    check_rank,
+    check_shape,
+    is_one_step,
+)
 from bmojo_core.ops.causal_conv.reference import causal_conv1d_reference
 from bmojo_core.ops.causal_conv.step import (
     causal_conv1d_compiled_step,
@@ -51,8 +57,8 @@ def causal_conv1d(
         Applied to the output.
     backend : {"auto", "reference", "cpu", "gpu"}
         "auto" takes "gpu" on CUDA and "cpu" on the CPU, except for float64, which takes
-        "reference", and, on the CPU, a single position (decoding), which takes the plain equation;
-        elsewhere "reference".
+        "reference", and a single position (decoding), which takes the plain equation on the CPU
+        and under torch.compile; elsewhere "reference".
 
     Returns
     -------
@@ -83,12 +89,12 @@ def causal_conv1d(
         raise ValueError(f"activation is {activation!r}; allowed: None, 'silu'")
     arguments = (x, weight, bias, initial_state, activation)
     fast = x.dtype != torch.float64
+    if backend == "auto" and fast and is_one_step(x):
+        return causal_conv1d_step(*arguments)
     if backend == "gpu" or (backend == "auto" and fast and x.device.type == "cuda"):
         from bmojo_core.ops.causal_conv.gpu import causal_conv1d_gpu
 
         return causal_conv1d_gpu(*arguments)
-    if backend == "auto" and fast and x.shape[1] == 1 and x.device.type == "cpu":
-        return causal_conv1d_step(*arguments)
     if backend == "cpu" or (backend == "auto" and fast and x.device.type == "cpu"):
         from bmojo_core.ops.causal_conv.cpu import causal_conv1d_cpu
 

@@ -32,6 +32,7 @@ from bmojo_core.ops._checks import (
     check_rank,
     check_shape,
     compute_dtype,
+    is_one_step,
 )
 from bmojo_core.ops.innovation.reference import innovation_reference, running_top_k_reference
 from bmojo_core.ops.innovation.step import (
@@ -102,7 +103,7 @@ def innovation(
     check_shape("past", past, {"b": b, "taps": taps, "d": d})
     check_companions("y", y, {"weights": weights, "past": past})
     check_backend(backend, ("auto", "reference", "cpu", "gpu"), y.device)
-    if backend == "auto" and y.shape[1] == 1 and not y.is_cuda:
+    if backend == "auto" and is_one_step(y):
         return innovation_step(y, weights, past)
     if weights is None:
         weights = torch.full((taps,), 1.0 / taps, dtype=compute_dtype(y), device=y.device)

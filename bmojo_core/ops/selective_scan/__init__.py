@@ -16,7 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import check_backend, check_companions, check_rank, check_shape
+from bmojo_core.ops._checks import (
+    check_backend,
+    check_companions,
+    check_rank,
+    check_shape,
+    is_one_step,
+)
 from bmojo_core.ops.selective_scan.reference import selective_scan_reference
 from bmojo_core.ops.selective_scan.step import (
     runs_compiled,
@@ -126,9 +132,9 @@ def _resolve(backend: str, u: Tensor) -> str:
         return backend
     if u.dtype == torch.float64 or u.device.type not in ("cpu", "cuda"):
         return "reference"
-    if u.device.type == "cuda":
-        return "gpu"
-    return "step" if u.shape[1] == 1 else "cpu"
+    if is_one_step(u):
+        return "step"
+    return "gpu" if u.device.type == "cuda" else "cpu"
 
 
 def _dispatch(backend: str, arguments: tuple) -> tuple[Tensor, Tensor]:
