@@ -37,8 +37,8 @@ Sublayer = Callable[[nn.Module, Tensor, Any, Tensor], Tensor]
 class DecodeGraph:
     """The decode step of ``model`` for the batch whose state is ``cache``.
 
-    Making one takes seconds to a minute, most of it torch.compile, which keeps what it has made on
-    disk for the next time.
+    Making one takes up to a minute, most of it torch.compile, which keeps what it has made on disk
+    for the next time.
 
     Parameters
     ----------
@@ -71,9 +71,12 @@ class DecodeGraph:
         cache.own()
         self.token = torch.zeros(len(cache.position), 1, dtype=torch.long, device=device)
         self.read = cache.position.tolist()  # the one question to the device
+        self.sublayer = fused(alone=len(self.read) == 1)
         now = what_is_known(model.config, cache, self.read)
-        kinds = {True, False} if "bmojo" in model.config.layer_types else {False}
-        self.graphs = {begins: self._capture(now._replace(chunk_begins=begins)) for begins in kinds}
+        self.graphs = {
+            begins: self._capture(now._replace(chunk_begins=begins))
+            for begins in {chunk_begins(model.config, [read]) for read in (0, 1)}
+        }
 
     def __call__(self, token: Int[Tensor, "b 1"]) -> Float[Tensor, "b v"]:
         """Logits of the next token; overwritten by the next call."""
@@ -93,11 +96,11 @@ class DecodeGraph:
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     copy = self.cache.map(Tensor.clone)
-                    step_in_place(self.model, self.token, copy, fused_sublayer)
+                    step_in_place(self.model, self.token, copy, self.sublayer)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                logits = step_in_place(self.model, self.token, self.cache, fused_sublayer)
+                logits = step_in_place(self.model, self.token, self.cache, self.sublayer)
         return graph, logits
 
 
@@ -132,7 +135,14 @@ def sublayer_in_place(
     return h
 
 
-fused_sublayer: Sublayer = torch.compile(sublayer_in_place, fullgraph=True, dynamic=False)
+def fused(alone: bool) -> Sublayer:
+    """The same, compiled: a few kernels between one product with weights and the next.
+
+    For a single row (``alone``) a product is a sum that is fused as well, its tiles are tried out,
+    and what does not depend on each other shares a kernel; that takes most of a minute once.
+    """
+    options = {"coordinate_descent_tuning": True, "combo_kernels": True} if alone else {}
+    return torch.compile(sublayer_in_place, fullgraph=True, dynamic=False, options=options)
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rotary import Rotary
 from bmojo_core.layers.rows import is_valid, may_lack_window, take
+from bmojo_core.layers.shared import maps
 from bmojo_core.ops import memory_attention
 from bmojo_core.ops.memory_attention.step import write_compiled
 
@@ -69,22 +70,36 @@ class Projections(nn.Module):
         self, u: Float[Tensor, "b *l d"], position: Int[Tensor, "b *l"] | None
     ) -> Float[Tensor, "b *l h p"]:
         """W_q u, rotated to its position."""
-        return self._heads(self.q_proj, u, position)
+        return self._heads(self.q_proj(u), position)
 
     def keys_values(
         self, u: Float[Tensor, "b *l d"], position: Int[Tensor, "b *l"] | None
     ) -> tuple[Float[Tensor, "b *l g p"], Float[Tensor, "b *l g p"]]:
         """W_k u, rotated to its position, and W_v u."""
-        v = self.v_proj(u).unflatten(-1, (-1, self.p))
-        return self._heads(self.k_proj, u, position), v
+        return self._heads(self.k_proj(u), position), self._heads(self.v_proj(u))
+
+    def all(
+        self,
+        u: Float[Tensor, "b l d"],
+        content: Float[Tensor, "b l d"],
+        position: Int[Tensor, "b l"] | None,
+    ) -> tuple[Float[Tensor, "b l h p"], Float[Tensor, "b l g p"], Float[Tensor, "b l g p"]]:
+        """Queries of u; keys and values of ``content``, which may be u itself."""
+        if content is u:
+            q, k, v = maps(u, self.q_proj, self.k_proj, self.v_proj)
+        else:
+            q, (k, v) = self.q_proj(u), maps(content, self.k_proj, self.v_proj)
+        return self._heads(q, position), self._heads(k, position), self._heads(v)
 
     def output(self, heads: Float[Tensor, "b l h p"]) -> Float[Tensor, "b l d"]:
         """W_o applied to the concatenated heads."""
         return self.o_proj(heads.flatten(-2))
 
-    def _heads(self, projection: nn.Linear, u: Tensor, position: Tensor | None) -> Tensor:
-        heads = projection(u).unflatten(-1, (-1, self.p))
-        return heads if self.rotary is None else self.rotary(heads, position)
+    def _heads(self, x: Tensor, position: Tensor | None = None) -> Tensor:
+        """x head by head, turned to its position where there is one."""
+        heads = x.unflatten(-1, (-1, self.p))
+        turned = self.rotary is not None and position is not None
+        return self.rotary(heads, position) if turned else heads
 
 
 def positions(start: Int[Tensor, "b"] | None, u: Float[Tensor, "b l d"]) -> Int[Tensor, "b l"]:
@@ -113,8 +128,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "b l d"], Register | Growing | None]:
         """Output and, if ``keep_state``, the register after each row's last valid token."""
         at = None if self.projections.rotary is None else positions(start, u)
-        q = self.projections.queries(u, at)
-        k, v = self.projections.keys_values(u, at)
+        q, k, v = self.projections.all(u, u, at)
         attend = self._attend_all if self.window is None else self._attend_window
         heads, new_state = attend(q, k, v, state, start, lengths, keep_state)
         return self.projections.output(heads), new_state
@@ -215,6 +229,11 @@ def write_step(
             "past_key_values.to(dtype) converts them"
         )
     place = register.k.shape[2] - w + start % w
+    if torch.compiler.is_compiling():  # it writes these in place, and copies the ring to scatter
+        rows = torch.arange(place.shape[0], device=place.device)
+        register.k[rows, :, place] = k[:, 0]
+        register.v[rows, :, place] = v[:, 0]
+        return
     k, v = k.transpose(1, 2), v.transpose(1, 2)  # (b, g, 1, p)
     index = place[:, None, None, None].expand_as(k)
     register.k.scatter_(2, index, k)

@@ -193,8 +193,7 @@ class MemoryAttention(nn.Module):
             self.settings = eidetic.Settings.of(self.config)
         at = positions(start, u)
         content, tail = self._content(u, state, lengths, keep_state)
-        q = self.projections.queries(u, at)
-        k, v = self.projections.keys_values(content, at)
+        q, k, v = self.projections.all(u, content, at)
         window = state.window if state else None
         carried = state.memory if state else eidetic.nothing_before(self.settings, k)
         mass = None
@@ -324,7 +323,11 @@ class MemoryAttention(nn.Module):
         chunks = -(-q.shape[1] // length)
         details = keep_state or bool(self.watchers)
         after = keep_state or c.memory_update == "token"
-        recalled = eidetic.eidetic_tokens(stream, m_e, length, after, details) if m_e else None
+        recalled = None
+        if m_e:
+            shared = stream.k is k
+            recalled, stream = eidetic.recall(stream, m_e, length, after, details)
+            k, v = (stream.k, stream.v) if shared else (k, v)
         fading = self.first_fading(y, chunks, details) if m_f or not m_e else None
         memory, after = self.memories(fading, recalled, chunks)
         for watcher in self.watchers:

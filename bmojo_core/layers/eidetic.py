@@ -31,6 +31,7 @@ from torch import Tensor
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rows import align, may_hold, places, slide, take, take_places
 from bmojo_core.layers.selection import asks_for
+from bmojo_core.layers.shared import with_rows
 from bmojo_core.ops import running_top_k
 from bmojo_core.ops.innovation.step import insert_compiled
 
@@ -165,12 +166,13 @@ def no_tokens(like: Float[Tensor, "b l g p"], count: int) -> Tokens:
     )
 
 
-def eidetic_tokens(
+def recall(
     tokens: Tokens, k: int, chunk: int, after: bool = True, details: bool = True
-) -> Memory:
-    """M for every chunk of a sequence read from its beginning; ``after``: and for what follows.
+) -> tuple[Memory, Tokens]:
+    """M for every chunk of a sequence read from its beginning, and the tokens to be read on.
 
-    ``details`` asks for position and score of what is remembered.
+    ``after``: M also for what follows the sequence.  ``details`` asks for position and score of
+    what is remembered.
     """
     score = tokens.score
     if after:
@@ -193,7 +195,7 @@ def eidetic_tokens_from(
     )  # fmt: skip
     joined = Tokens(*(torch.cat(parts, 1) for parts in zip(best, pad, aligned, strict=True)))
     index, valid = running_top_k(F.pad(joined.score, (0, 1), value=EMPTY), k, chunk)
-    return _remember(joined, index[:, front // chunk :], valid[:, front // chunk :], details=True)
+    return _remember(joined, index[:, front // chunk :], valid[:, front // chunk :], True)[0]
 
 
 def oldest_first(best: Tokens) -> Tokens:
@@ -313,10 +315,12 @@ def as_tokens(memory: Memory) -> Tokens:
 
 def _remember(
     tokens: Tokens, index: Int[Tensor, "b n k"], valid: Bool[Tensor, "b n k"], details: bool
-) -> Memory:
+) -> tuple[Memory, Tokens]:
     where = places(index, tokens.k.shape[1])
-    k, v = (take_places(x, where, index.shape) for x in (tokens.k, tokens.v))
+    read_on, taken = zip(*[with_rows(x, where) for x in tokens[:2]], strict=True)
+    tokens = tokens._replace(k=read_on[0], v=read_on[1])
+    k, v = (x.unflatten(0, index.shape) for x in taken)
     if not details:
-        return Memory(k, v, valid, None, None)
+        return Memory(k, v, valid, None, None), tokens
     position, score = (take_places(x, where, index.shape) for x in (tokens.position, tokens.score))
-    return Memory(k, v, valid, position, score.masked_fill(~valid, EMPTY))
+    return Memory(k, v, valid, position, score.masked_fill(~valid, EMPTY)), tokens

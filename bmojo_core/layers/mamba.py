@@ -37,6 +37,7 @@ from transformers import initialization as init
 
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rows import is_valid, slide
+from bmojo_core.layers.shared import halves, with_map
 from bmojo_core.ops import causal_conv1d, scalar_scan, selective_scan
 
 
@@ -128,11 +129,12 @@ class Mamba(nn.Module):
         state
             The state to start from; None is the empty past.
         """
-        inner, z = self.in_proj(u).chunk(2, dim=-1)  # (b, l, e) twice
+        inner, z = halves(u, self.in_proj)  # (b, l, e) twice
         tail = state.tail if state is not None else None
         weight = self.conv1d.weight.squeeze(1)
         v = causal_conv1d(inner, weight, self.conv1d.bias, tail, activation="silu")
-        r, B, C = self.x_proj(v).split((self.dt_rank, self.state_size, self.state_size), dim=-1)
+        v, rates = with_map(v, self.x_proj)
+        r, B, C = rates.split((self.dt_rank, self.state_size, self.state_size), dim=-1)
         if self.norms is not None:
             r, B, C = (norm(s) for norm, s in zip(self.norms, (r, B, C), strict=True))
         y, x = self._scan(v, r, B, C, z, state, lengths)

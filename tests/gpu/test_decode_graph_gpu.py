@@ -16,13 +16,16 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "changes"), CASES)
+ALONE = ("bmojo", MEMORY, 1)  # a single row is compiled with other options
+
+
+@pytest.mark.parametrize(("kind", "changes", "rows"), [*((*case, 3) for case in CASES), ALONE])
 @torch.no_grad()
-def test_the_graph_decodes_as_the_model_does(kind, changes):
+def test_the_graph_decodes_as_the_model_does(kind, changes, rows):
     torch.manual_seed(0)
     config = getattr(BMojoConfig, kind)(**SIZES, **changes)
     model = BMojoForCausalLM(config).cuda().eval()
-    ids = torch.randint(50, (3, 60), device="cuda")
+    ids = torch.randint(50, (rows, 60), device="cuda")
     plain = model(ids[:, :20], use_cache=True).past_key_values
     graph = DecodeGraph(model, plain.map(torch.Tensor.clone))
     for t in range(20, 60):

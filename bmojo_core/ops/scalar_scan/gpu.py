@@ -228,11 +228,12 @@ def _launch_gradients(job: _Job, dy, u, z, B, C, D, times, held, future) -> tupl
     sizes = (*_strides(dy, u, z, B, C), job.l, job.chunks)
     kernels.head_gradients[job.every](
         dy, u, z, B, C, D, *times, held, future, du, dz, dD, dstep, ddecay, *sizes,
-        HAS_Z=z is not None, HAS_D=D is not None, **job.constants, num_warps=8, num_stages=1,
+        HAS_Z=z is not None, HAS_D=D is not None, **job.constants,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     kernels.shared_gradients[job.shared](
         dy, u, z, B, C, *times, held, future, dB, dC, *sizes, job.per,
-        HAS_Z=z is not None, **job.constants, num_warps=8, num_stages=1,
+        HAS_Z=z is not None, **job.constants, num_warps=4, num_stages=1,
     )  # fmt: skip
     dB, dC = (x.sum(0).to(u.dtype) for x in (dB, dC))
     dD = None if D is None else dD.sum((0, 1)).to(D.dtype)

@@ -6,8 +6,9 @@ How the work is cut (the kernels' own story is in ``scan_common.cu`` and ``scan_
 
 - one thread keeps 4 (or 2) states of 2 channels in registers and walks through time; the sum over
   the states is taken over 8 steps at once, across the few lanes that share a channel;
-- the state at the start of every 64 steps is kept for the backward pass (half the memory of the
-  output in half precision), which rebuilds the states between in registers;
+- the state at the start of every 32 steps is kept for the backward pass (in bfloat16 where the
+  inputs have half precision: half the memory of the output), which rebuilds the states between in
+  registers;
 - where batch x channels is too small for the chip, time is cut into segments: a first kernel finds
   what each segment adds to the state (its decay is only ``exp(A sum delta)``), then all segments
   run at once;
@@ -30,7 +31,7 @@ from torch import Tensor
 
 from .. import _nvrtc
 
-CHANNELS, GROUP, CHUNK, TILE = 2, 8, 64, 32  # as in the sources
+CHANNELS, CHUNK, TILE, BACK, OCTET = 2, 32, 32, 4, 8  # as in the sources
 MAX_STATES = 128
 MOST_SEGMENTS = 16
 ELEMENT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -95,8 +96,8 @@ class Tiling:
     def backward_bytes(self) -> int:
         """Shared memory of the backward pass: a chunk, its groups' starts, sums on their way."""
         rows = CHUNK * (12 * self.block_c + 8 * self.n_pad)
-        starts = (CHUNK // GROUP - 1) * CHANNELS * self.threads * 4 * self.states
-        sums = 2 * self.warps * GROUP * 2 * self.n_pad * 4
+        starts = (CHUNK // BACK - 1) * CHANNELS * self.threads * 4 * self.states
+        sums = 2 * self.warps * OCTET * 2 * self.n_pad * 4
         return rows + starts + sums
 
 
@@ -124,7 +125,7 @@ def tiling(
     if blocks >= multiprocessors:
         return Tiling(2, lanes_for(n, 2)) if 8 < n <= 16 else wide
     chunks = -(-l // CHUNK)
-    wanted = max(1, min(-(-8 * multiprocessors // blocks), MOST_SEGMENTS, chunks // 4))
+    wanted = max(1, min(-(-8 * multiprocessors // blocks), MOST_SEGMENTS, chunks // 8))
     per_segment = -(-chunks // wanted)
     return replace(wide, segments=-(-chunks // per_segment))
 
@@ -139,6 +140,7 @@ class _Call:
     n: int
     u_bytes: int
     delta_bytes: int
+    part: torch.dtype  # of checkpoints and of the parts of dB and dC
     defines: tuple[tuple[str, str], ...]
     device: torch.device
     tiling: Tiling
@@ -252,7 +254,7 @@ class _SelectiveScan(torch.autograd.Function):
         last = call.empty(call.b, call.d, call.n)
         checkpoints = None
         if differentiable:
-            checkpoints = call.empty(call.b, call.chunks, call.d, t.n_pad)
+            checkpoints = call.empty(call.b, call.chunks, call.d, t.n_pad, dtype=call.part)
         work = inputs | dict(y=y, last=last, checkpoints=checkpoints) | call.segment_ends()
         launched = _Work.of(call, work)
         if t.segments > 1:
@@ -276,7 +278,6 @@ class _SelectiveScan(torch.autograd.Function):
         u, delta, z, B = (work[name] for name in ("u", "delta", "z", "B"))
         shape = (call.b, call.l, call.d)
         dy = torch.zeros(shape, dtype=u.dtype, device=u.device) if dy is None else _rows(dy)
-        part = torch.bfloat16 if B.element_size() == u.element_size() == 2 else torch.float32
         work |= dict(
             dy=dy,
             dlast=_float(dlast),
@@ -286,7 +287,7 @@ class _SelectiveScan(torch.autograd.Function):
             dB=call.empty(call.b, call.l, call.n, dtype=B.dtype),
             dC=call.empty(call.b, call.l, call.n, dtype=B.dtype),
             dparams=call.empty(call.b * t.segments, call.d, t.n_pad + 2),
-            dbc=call.empty(call.blocks, call.b, call.l, 2 * t.n_pad, dtype=part),
+            dbc=call.empty(call.blocks, call.b, call.l, 2 * t.n_pad, dtype=call.part),
         )
         if work["initial"] is not None:
             work["dinitial"] = call.empty(call.b, call.d, call.n)
@@ -332,7 +333,9 @@ def _describe(
         ("SOFTPLUS", str(int(softplus))),
     )
     cut = tiling(b, l, d, n, multiprocessors=_multiprocessors(u.device.index))
-    return _Call(b, l, d, n, u.element_size(), delta.element_size(), defines, u.device, cut)
+    part = torch.bfloat16 if u.element_size() == B.element_size() == 2 else torch.float32
+    sizes = (u.element_size(), delta.element_size())
+    return _Call(b, l, d, n, *sizes, part, defines, u.device, cut)
 
 
 def selective_scan_gpu(

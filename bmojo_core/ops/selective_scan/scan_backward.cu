@@ -6,26 +6,23 @@
 //   where q_t = g_t exp(delta_t A) x_{t-1}
 //
 // A chunk's states are rebuilt from its checkpoint in two levels: one walk through the chunk
-// leaves the state before each group of GROUP steps in shared memory, then each group, last
-// first, is rebuilt in registers and walked backward.
+// leaves the state before each group of BACK steps in shared memory, then each group, last
+// first, is rebuilt in registers and walked backward. Groups are short so that their states leave
+// registers for three blocks a multiprocessor; two of them hand their dB and dC out together.
 
-constexpr int RESIDENT = STATES == 2 ? 3 : 1;  // blocks a multiprocessor is to hold, at least
-constexpr int GROUPS = CHUNK / GROUP;
+constexpr int BACK = 4;                     // steps that are rebuilt at once
+constexpr int RESIDENT = N_PAD == 16 ? 3 : 1;  // blocks a multiprocessor is to hold, at least
+constexpr int GROUPS = CHUNK / BACK, PER_OCTET = OCTET / BACK;
+constexpr int BACK_OWNED = LANES_N >= BACK ? 1 : BACK / LANES_N;
 constexpr int KINDS = 2 * STATES;  // a thread's dB and dC of one step
-// Half-precision inputs: sums over channels on the matrix units, and their parts in bfloat16.
-constexpr bool HALF = sizeof(BC_T) == 2 && sizeof(U_T) == 2;
 constexpr bool MATRIX = HALF && (LANES_N == 8 || (LANES_N == 4 && STATES == 4));
-
-template <bool> struct PartOf { using type = float; };
-template <> struct PartOf<true> { using type = bf16; };
-using Part = PartOf<HALF>::type;
 
 struct alignas(16) BackwardShared {
   float2 step[CHUNK][BLOCK_C];  // (delta, delta u)
   float dy[CHUNK][BLOCK_C];     // gradient of y before the gate
   float B[CHUNK][N_PAD], C[CHUNK][N_PAD];
   float start[GROUPS - 1][CHANNELS][THREADS][STATES];
-  float dbc[2][WARPS][GROUP][2 * N_PAD];
+  float dbc[2][WARPS][OCTET][2 * N_PAD];
 };
 
 static_assert(sizeof(BackwardShared) == SHARED_BYTES, "the host counts the same bytes");
@@ -71,7 +68,7 @@ __device__ __forceinline__ int first_kind(int lane) {
   return first;
 }
 
-// The same sums on the matrix units, for all GROUP steps at once. Products of step t go into row t
+// The same sums on the matrix units, for all OCTET steps at once. Products of step t go into row t
 // of D (two kinds a product: one in rows 0..7, one in rows 8..15), their sum over the four lanes
 // that share lane / 4 is the matrix product's own.
 struct MatrixSums {
@@ -118,33 +115,57 @@ struct MatrixSums {
   }
 };
 
-// What the backward walk reads: row 0 of each tensor at this thread's channels, and how many exist.
-struct Inputs {
-  const U_T *u, *z, *dy;
-  const DELTA_T* delta;
-  int count;
+// A chunk's rows of a (b, l, width) tensor. The first is the same for a whole block, so that what
+// differs from thread to thread, an offset inside the chunk, is counted in 32 bits.
+template <class T>
+struct Rows {
+  char* first;
+  unsigned stride;
 
-  __device__ __forceinline__ Inputs(const Params& p, int batch, int channel) {
-    u = rows_of<U_T>(p.u, p.u_b, batch, channel);
-    dy = rows_of<U_T>(p.dy, p.dy_b, batch, channel);
-    if (HAS_Z) z = rows_of<U_T>(p.z, p.z_b, batch, channel);
-    delta = rows_of<DELTA_T>(p.delta, p.delta_b, batch, channel);
-    count = channels_at(p, channel);
+  __device__ __forceinline__ Rows(const void* base, int batch, long long b_stride, int t0,
+                                  long long l_stride)
+      : first(static_cast<char*>(const_cast<void*>(base)) +
+              (batch * b_stride + t0 * l_stride) * static_cast<long long>(sizeof(T))),
+        stride(static_cast<unsigned>(l_stride)) {}
+
+  __device__ __forceinline__ T* at(int t, int column) const {
+    return reinterpret_cast<T*>(first + (t * stride + column) * static_cast<unsigned>(sizeof(T)));
   }
 };
 
-// Everything the walk needs of steps t0 .. t0 + CHUNK, prepared once for all threads.
+struct Chunk {  // what the walk back through one chunk reads, and what it writes
+  Rows<U_T> u, z, dy, du, dz;
+  Rows<DELTA_T> delta, ddelta;
+  Rows<BC_T> B, C;
+  int t0, rows;
+
+  __device__ __forceinline__ Chunk(const Params& p, const Place& w, int t0)
+      : u(p.u, w.batch, p.u_b, t0, p.u_l),
+        z(p.z, w.batch, p.z_b, t0, p.z_l),
+        dy(p.dy, w.batch, p.dy_b, t0, p.dy_l),
+        du(p.du, w.batch, static_cast<long long>(p.l) * p.d, t0, p.d),
+        dz(p.dz, w.batch, static_cast<long long>(p.l) * p.d, t0, p.d),
+        delta(p.delta, w.batch, p.delta_b, t0, p.delta_l),
+        ddelta(p.ddelta, w.batch, static_cast<long long>(p.l) * p.d, t0, p.d),
+        B(p.B, w.batch, p.B_b, t0, p.B_l),
+        C(p.C, w.batch, p.C_b, t0, p.C_l),
+        t0(t0),
+        rows(w.end - t0) {}
+};
+
+// Everything the walk needs of a chunk, prepared once for all threads.
 __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, BackwardShared& s,
-                                              const Inputs& in, float2 bias, int t0) {
+                                              const Chunk& chunk, float2 bias) {
   int c = threadIdx.x % PAIRS * CHANNELS, first = threadIdx.x / PAIRS;
+  int channel = w.block * BLOCK_C + c, there = channels_at(p, channel);
 #pragma unroll 4
   for (int t = first; t < CHUNK; t += LANES_N) {
-    long long row = t0 + t;
-    int count = row < w.end ? in.count : 0;
-    float2 raw = read_pair(in.delta + row * p.delta_l, count);
-    float2 u = read_pair(in.u + row * p.u_l, count), dy = read_pair(in.dy + row * p.dy_l, count);
+    int count = t < chunk.rows ? there : 0;
+    float2 raw = read_pair(chunk.delta.at(t, channel), count);
+    float2 u = read_pair(chunk.u.at(t, channel), count);
+    float2 dy = read_pair(chunk.dy.at(t, channel), count);
     if (HAS_Z) {
-      float2 z = read_pair(in.z + row * p.z_l, count);
+      float2 z = read_pair(chunk.z.at(t, channel), count);
       dy.x *= silu(z.x);
       dy.y *= silu(z.y);
     }
@@ -154,13 +175,11 @@ __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, B
     *reinterpret_cast<float2*>(&s.dy[t][c]) = dy;
   }
   int n = threadIdx.x % N_PAD;
-  const BC_T* B = rows_of<BC_T>(p.B, p.B_b, w.batch, n);
-  const BC_T* C = rows_of<BC_T>(p.C, p.C_b, w.batch, n);
 #pragma unroll 4
   for (int t = threadIdx.x / N_PAD; t < CHUNK; t += THREADS / N_PAD) {
-    bool inside = n < p.n && t0 + t < w.end;
-    s.B[t][n] = inside ? to_float(B[(t0 + t) * p.B_l]) : 0.f;
-    s.C[t][n] = inside ? to_float(C[(t0 + t) * p.C_l]) : 0.f;
+    bool inside = n < p.n && t < chunk.rows;
+    s.B[t][n] = inside ? to_float(*chunk.B.at(t, n)) : 0.f;
+    s.C[t][n] = inside ? to_float(*chunk.C.at(t, n)) : 0.f;
   }
 }
 
@@ -168,49 +187,36 @@ struct Sums {  // over this thread's time steps
   float A[CHANNELS][STATES], D[CHANNELS], bias[CHANNELS];
 };
 
-// Where the gradients of the steps and channels whose sums this lane owns go.
-struct Outputs {
-  U_T *du, *dz;
-  DELTA_T* ddelta;
-  int count;
-
-  __device__ __forceinline__ Outputs(const Params& p, const Place& w) {
-    long long at = static_cast<long long>(w.batch) * p.l * p.d + w.channel;
-    du = static_cast<U_T*>(p.du) + at;
-    ddelta = static_cast<DELTA_T*>(p.ddelta) + at;
-    if (HAS_Z) dz = static_cast<U_T*>(p.dz) + at;
-    count = w.lane_n < GROUP ? channels_at(p, w.channel) : 0;
-  }
-};
-
 // What a lane reads early and uses last: inputs of the steps it owns.
 struct Owned {
-  float2 u[OWNED], z[OWNED], dout[OWNED];
+  float2 u[BACK_OWNED], z[BACK_OWNED], dout[BACK_OWNED];
 
-  __device__ __forceinline__ Owned(const Params& p, const Place& w, const Inputs& in, int t0) {
+  __device__ __forceinline__ Owned(const Place& w, const Chunk& chunk, int group, int there) {
 #pragma unroll
-    for (int i = 0; i < OWNED; ++i) {
-      long long t = t0 + first_owned(w.lane) + i;
-      int count = t < w.end ? in.count : 0;
-      u[i] = read_pair(in.u + t * p.u_l, count);
-      if (HAS_Z) z[i] = read_pair(in.z + t * p.z_l, count);
-      if (HAS_Z) dout[i] = read_pair(in.dy + t * p.dy_l, count);
+    for (int i = 0; i < BACK_OWNED; ++i) {
+      int t = group * BACK + first_owned<BACK>(w.lane) + i;
+      int count = t < chunk.rows ? there : 0;
+      u[i] = read_pair(chunk.u.at(t, w.channel), count);
+      if (HAS_Z) z[i] = read_pair(chunk.z.at(t, w.channel), count);
+      if (HAS_Z) dout[i] = read_pair(chunk.dy.at(t, w.channel), count);
     }
   }
 };
 
 // Gradients of u, delta and z for the steps and the two channels whose sums this lane owns.
-__device__ __forceinline__ void finish_steps(const Params& p, const Place& w,
-                                             const BackwardShared& s, const Outputs& out,
-                                             const Owned& own, int t0, int group,
+__device__ __forceinline__ void finish_steps(const Place& w, const BackwardShared& s,
+                                             const Chunk& chunk, const Owned& own, int group,
+                                             int there,
                                              const float (&D)[CHANNELS],
-                                             const float (&y)[CHANNELS][GROUP],
-                                             const float (&dstep)[CHANNELS][GROUP],
-                                             const float (&dtime)[CHANNELS][GROUP], Sums& sums) {
+                                             const float (&y)[CHANNELS][BACK],
+                                             const float (&dstep)[CHANNELS][BACK],
+                                             const float (&dtime)[CHANNELS][BACK], Sums& sums) {
 #pragma unroll
-  for (int i = 0; i < OWNED; ++i) {
-    int t = group * GROUP + first_owned(w.lane) + i;
-    if (t0 + t >= w.end) continue;
+  for (int i = 0; i < BACK_OWNED; ++i) {
+    int t = group * BACK + first_owned<BACK>(w.lane) + i;
+    if (t >= chunk.rows) continue;
+    // lanes beyond the first BACK of a channel only repeat what those hold: they write nothing
+    int count = w.lane_n < BACK ? there : 0;
     float4 step = *reinterpret_cast<const float4*>(&s.step[t][w.local_c]);
     float2 dy2 = *reinterpret_cast<const float2*>(&s.dy[t][w.local_c]);
     const float delta[CHANNELS] = {step.x, step.z}, dy[CHANNELS] = {dy2.x, dy2.y};
@@ -224,9 +230,8 @@ __device__ __forceinline__ void finish_steps(const Params& p, const Place& w,
       sums.D[c] += dy[c] * u[c];
       sums.bias[c] += ddelta[c];
     }
-    long long row = static_cast<long long>(t0 + t) * p.d;
-    write_pair(out.du + row, out.count, du[0], du[1]);
-    write_pair(out.ddelta + row, out.count, ddelta[0], ddelta[1]);
+    write_pair(chunk.du.at(t, w.channel), count, du[0], du[1]);
+    write_pair(chunk.ddelta.at(t, w.channel), count, ddelta[0], ddelta[1]);
     if (!HAS_Z) continue;
     const float z[CHANNELS] = {own.z[i].x, own.z[i].y};
     const float dout[CHANNELS] = {own.dout[i].x, own.dout[i].y};
@@ -236,23 +241,23 @@ __device__ __forceinline__ void finish_steps(const Params& p, const Place& w,
       float gate = sigmoid(z[c]);
       dz[c] = dout[c] * (y[c][i] + D[c] * u[c]) * gate * (1.f + z[c] * (1.f - gate));
     }
-    write_pair(out.dz + row, out.count, dz[0], dz[1]);
+    write_pair(chunk.dz.at(t, w.channel), count, dz[0], dz[1]);
   }
 }
 
 // One group of steps: rebuild its states, walk backward, hand out the sums.
-__device__ __forceinline__ void group_backward(const Params& p, const Place& w, BackwardShared& s,
-                                               const Inputs& in, const Outputs& out, int t0,
-                                               int group, const float (&A)[CHANNELS][STATES],
+__device__ __forceinline__ void group_backward(const Place& w, BackwardShared& s,
+                                               const Chunk& chunk, int group, int there, const float (&A)[CHANNELS][STATES],
                                                const float (&D)[CHANNELS],
                                                const float (&start)[CHANNELS][STATES],
-                                               float (&g)[CHANNELS][STATES], Sums& sums) {
-  Owned own(p, w, in, t0 + group * GROUP);
-  float x[GROUP][CHANNELS][STATES], a[GROUP][CHANNELS][STATES];
-  float y[CHANNELS][GROUP], dstep[CHANNELS][GROUP], dtime[CHANNELS][GROUP];
+                                               float (&g)[CHANNELS][STATES], Sums& sums,
+                                               MatrixSums& matrix) {
+  Owned own(w, chunk, group, there);
+  float x[BACK][CHANNELS][STATES], a[BACK][CHANNELS][STATES];
+  float y[CHANNELS][BACK], dstep[CHANNELS][BACK], dtime[CHANNELS][BACK];
 #pragma unroll
-  for (int t = 0; t < GROUP; ++t) {
-    int row = group * GROUP + t;
+  for (int t = 0; t < BACK; ++t) {
+    int row = group * BACK + t;
     float4 step = *reinterpret_cast<const float4*>(&s.step[row][w.local_c]);
     float B[STATES], C[STATES];
     load_states(s.B[row], w.lane_n, B);
@@ -273,11 +278,11 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
     sum_over_states(y[0], w.lane);
     sum_over_states(y[1], w.lane);
   }
-  float(*dbc)[2 * N_PAD] = s.dbc[group & 1][w.warp];
-  MatrixSums matrix;
+  const int octet = group / PER_OCTET, first = group % PER_OCTET * BACK;
+  float(*dbc)[2 * N_PAD] = s.dbc[octet & 1][w.warp] + first;
 #pragma unroll
-  for (int t = GROUP - 1; t >= 0; --t) {
-    int row = group * GROUP + t;
+  for (int t = BACK - 1; t >= 0; --t) {
+    int row = group * BACK + t;
     float4 step = *reinterpret_cast<const float4*>(&s.step[row][w.local_c]);
     float2 dy2 = *reinterpret_cast<const float2*>(&s.dy[row][w.local_c]);
     float B[STATES], C[STATES];
@@ -302,7 +307,7 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
       }
     }
     if (MATRIX) {
-      matrix.add(v, t, w.lane);
+      matrix.add(v, first + t, w.lane);
       continue;
     }
     sum_over_channels(v, w.lane);
@@ -314,13 +319,12 @@ __device__ __forceinline__ void group_backward(const Params& p, const Place& w, 
       }
     }
   }
-  if constexpr (MATRIX) matrix.write(dbc, w.lane);
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
     sum_over_states(dstep[c], w.lane);
     sum_over_states(dtime[c], w.lane);
   }
-  finish_steps(p, w, s, out, own, t0, group, D, y, dstep, dtime, sums);
+  finish_steps(w, s, chunk, own, group, there, D, y, dstep, dtime, sums);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_gradients(const Params p) {
@@ -332,20 +336,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_gradients(c
   enter_segment<true>(p, w, p.dlast, A, g);
   for (int c = 0; c < CHANNELS; ++c)
     if (p.D && w.channel + c < p.d) D[c] = p.D[w.channel + c];
-  int shared_c = w.block * BLOCK_C + threadIdx.x % PAIRS * CHANNELS;
-  float2 bias = bias_at(p, shared_c);
-  Inputs to_prepare(p, w.batch, shared_c), in(p, w.batch, w.channel);
-  Outputs out(p, w);
+  float2 bias = bias_at(p, w.block * BLOCK_C + threadIdx.x % PAIRS * CHANNELS);
+  int there = channels_at(p, w.channel);
 
   for (int t0 = w.begin + (w.end - 1 - w.begin) / CHUNK * CHUNK; t0 >= w.begin; t0 -= CHUNK) {
-    prepare_chunk(p, w, s, to_prepare, bias, t0);
+    Chunk chunk(p, w, t0);
+    prepare_chunk(p, w, s, chunk, bias);
     float x[CHANNELS][STATES] = {};
 #pragma unroll
     for (int c = 0; c < CHANNELS; ++c) {
       long long row = (static_cast<long long>(w.batch) * p.chunks + t0 / CHUNK) * p.d +
                       w.channel + c;
       if (w.channel + c >= p.d) continue;
-      load_states(p.checkpoints + row * N_PAD, w.lane_n, x[c]);
+      load_states(static_cast<const Part*>(p.checkpoints) + row * N_PAD, w.lane_n, x[c]);
     }
     __syncthreads();
     for (int group = 0; group < GROUPS - 1; ++group) {
@@ -353,8 +356,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_gradients(c
       for (int c = 0; c < CHANNELS; ++c)
         store_states(s.start[group][c][0], threadIdx.x, x[c]);
 #pragma unroll
-      for (int t = 0; t < GROUP; ++t) {
-        int row = group * GROUP + t;
+      for (int t = 0; t < BACK; ++t) {
+        int row = group * BACK + t;
         float4 step = *reinterpret_cast<const float4*>(&s.step[row][w.local_c]);
         float B[STATES];
         load_states(s.B[row], w.lane_n, B);
@@ -366,27 +369,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_gradients(c
             x[c][j] = exp2_fast(delta[c] * A[c][j]) * x[c][j] + du[c] * B[j];
       }
     }
-    for (int group = GROUPS - 1; group >= 0; --group) {
-      if (group < GROUPS - 1) {
+    for (int octet = CHUNK / OCTET - 1; octet >= 0; --octet) {
+      MatrixSums matrix;
+      for (int group = (octet + 1) * PER_OCTET - 1; group >= octet * PER_OCTET; --group) {
+        if (group < GROUPS - 1) {
 #pragma unroll
-        for (int c = 0; c < CHANNELS; ++c) load_states(s.start[group][c][0], threadIdx.x, x[c]);
+          for (int c = 0; c < CHANNELS; ++c) load_states(s.start[group][c][0], threadIdx.x, x[c]);
+        }
+        group_backward(w, s, chunk, group, there, A, D, x, g, sums, matrix);
       }
-      group_backward(p, w, s, in, out, t0, group, A, D, x, g, sums);
+      if constexpr (MATRIX) matrix.write(s.dbc[octet & 1][w.warp], w.lane);
       __syncthreads();
-      long long row = (static_cast<long long>(w.block) * p.b + w.batch) * p.l + t0 + group * GROUP;
-      for (int i = threadIdx.x; i < GROUP * 2 * N_PAD; i += THREADS) {
-        float sum = 0.f;
+      long long row = (static_cast<long long>(w.block) * p.b + w.batch) * p.l + t0 + octet * OCTET;
+      Part* to = static_cast<Part*>(p.dbc) + row * (2 * N_PAD);
+#pragma unroll 1
+      for (int i = 2 * threadIdx.x; i < OCTET * 2 * N_PAD; i += 2 * THREADS) {
+        float2 sum = make_float2(0.f, 0.f);
 #pragma unroll
-        for (int k = 0; k < WARPS; ++k) sum += (&s.dbc[group & 1][k][0][0])[i];
-        if (t0 + group * GROUP + i / (2 * N_PAD) < w.end)
-          put(static_cast<Part*>(p.dbc)[row * (2 * N_PAD) + i], sum);
+        for (int k = 0; k < WARPS; ++k) {
+          float2 v = *reinterpret_cast<const float2*>(&s.dbc[octet & 1][k][0][0] + i);
+          sum.x += v.x, sum.y += v.y;
+        }
+        Pair<Part> v;
+        put(v.first, sum.x);
+        put(v.second, sum.y);
+        if (t0 + octet * OCTET + i / (2 * N_PAD) < w.end) *reinterpret_cast<Pair<Part>*>(to + i) = v;
       }
     }
   }
 
 #pragma unroll
   for (int c = 0; c < CHANNELS; ++c) {
-    if (LANES_N > GROUP && w.lane_n >= GROUP) sums.D[c] = sums.bias[c] = 0.f;
+    if (LANES_N > BACK && w.lane_n >= BACK) sums.D[c] = sums.bias[c] = 0.f;
 #pragma unroll
     for (int bit = 1 << N_SHIFT; bit < LANES_N << N_SHIFT; bit *= 2) {
       sums.D[c] += __shfl_xor_sync(0xffffffffu, sums.D[c], bit);

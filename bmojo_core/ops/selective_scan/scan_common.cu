@@ -18,10 +18,16 @@ constexpr int N_PAD = STATES * LANES_N;
 constexpr int WARPS = LANES_N <= 2 ? 2 : 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCK_C = WARPS * LANES_C * CHANNELS;
-constexpr int CHUNK = 64;
-constexpr int GROUP = 8;  // steps whose sums over the states are formed together
+constexpr int CHUNK = 32;
+constexpr int GROUP = 8;  // steps whose sums over the states are formed together, forward
+constexpr int OCTET = 8;  // steps whose sums over the channels are formed together, backward
 constexpr int PAIRS = BLOCK_C / CHANNELS;  // a block's channels, two by two
 constexpr int OWNED = LANES_N >= GROUP ? 1 : GROUP / LANES_N;
+// Half-precision inputs: states at the chunks' starts, and parts of dB and dC, in bfloat16.
+constexpr bool HALF = sizeof(BC_T) == 2 && sizeof(U_T) == 2;
+template <bool> struct PartOf { using type = float; };
+template <> struct PartOf<true> { using type = bf16; };
+using Part = PartOf<HALF>::type;
 // Where the lane number holds the state lane: above two bits of channels (the matrix units sum
 // over those two), or lowest where there are fewer than two.
 constexpr int N_SHIFT = LANES_C >= 4 ? 2 : 0;
@@ -33,7 +39,8 @@ struct Params {
   const void *u, *delta, *z, *B, *C;
   const float *A, *D, *bias, *initial;
   void* y;
-  float *last, *checkpoints;  // (b, d, n); (b, chunks, d, N_PAD)
+  float* last;        // (b, d, n)
+  void* checkpoints;  // (b, chunks, d, N_PAD) of Part
   float *segment_state, *segment_time;  // (b, segments, d, N_PAD); (b, segments, d)
   const void* dy;
   const float* dlast;
@@ -63,6 +70,21 @@ __device__ __forceinline__ void store_states(float* row, int lane_n, const float
     reinterpret_cast<float2*>(row)[lane_n] = make_float2(x[0], x[1]);
 }
 
+struct alignas(2 * STATES) HalfStates { bf16 x[STATES]; };
+
+__device__ __forceinline__ void load_states(const bf16* row, int lane_n, float (&x)[STATES]) {
+  HalfStates v = reinterpret_cast<const HalfStates*>(row)[lane_n];
+#pragma unroll
+  for (int j = 0; j < STATES; ++j) x[j] = to_float(v.x[j]);
+}
+
+__device__ __forceinline__ void store_states(bf16* row, int lane_n, const float (&x)[STATES]) {
+  HalfStates v;
+#pragma unroll
+  for (int j = 0; j < STATES; ++j) put(v.x[j], x[j]);
+  reinterpret_cast<HalfStates*>(row)[lane_n] = v;
+}
+
 struct Place {  // where this thread works
   int lane, warp, lane_n, lane_c, batch, block, segment;
   int local_c;    // first of its CHANNELS channels, within the block
@@ -89,8 +111,8 @@ __device__ __forceinline__ Place locate(const Params& p) {
 
 // log(1 + e^x): the series where 1 + e^x would lose digits that the type of delta has.
 __device__ __forceinline__ float softplus(float x) {
+  if (sizeof(DELTA_T) == 2) return fmaxf(x, 0.f) + LN_2 * log2_fast(1.f + exp2_fast(-fabsf(x) * LOG2_E));
   float e = exp2_fast(x * LOG2_E);
-  if (sizeof(DELTA_T) == 2) return x > 20.f ? x : LN_2 * log2_fast(1.f + e);
   float series = e * (1.f + e * (-1.f / 2 + e * (1.f / 3 + e * (-1.f / 4 + e * (1.f / 5 +
                  e * (-1.f / 6 + e * (1.f / 7)))))));
   float value = e < 0.125f ? series : LN_2 * log2_fast(1.f + e);
@@ -108,16 +130,17 @@ __device__ __forceinline__ float sigmoid(float x) {
   return reciprocal(1.f + exp2_fast(-x * LOG2_E));
 }
 
-// Sum v[0..GROUP) over the LANES_N lanes of a channel. Each exchange halves what a lane still
-// carries, so lane i ends with the sums of the OWNED steps first_owned(i) + 0, 1, ...
-__device__ __forceinline__ void sum_over_states(float (&v)[GROUP], int lane) {
+// Sum v[0..STEPS) over the LANES_N lanes of a channel. Each exchange halves what a lane still
+// carries, so lane i ends with the sums of the steps first_owned(i) + 0, 1, ...
+template <int STEPS>
+__device__ __forceinline__ void sum_over_states(float (&v)[STEPS], int lane) {
 #pragma unroll
-  for (int bit = 1 << N_SHIFT, count = GROUP; bit < LANES_N << N_SHIFT; bit *= 2) {
+  for (int bit = 1 << N_SHIFT, count = STEPS; bit < LANES_N << N_SHIFT; bit *= 2) {
     if (count > 1) {
       count /= 2;
       bool upper = lane & bit;
 #pragma unroll
-      for (int i = 0; i < GROUP / 2; ++i) {
+      for (int i = 0; i < STEPS / 2; ++i) {
         if (i < count) {
           float give = upper ? v[i] : v[i + count];
           float keep = upper ? v[i + count] : v[i];
@@ -130,10 +153,11 @@ __device__ __forceinline__ void sum_over_states(float (&v)[GROUP], int lane) {
   }
 }
 
+template <int STEPS>
 __device__ __forceinline__ int first_owned(int lane) {
   int first = 0;
 #pragma unroll
-  for (int bit = 1 << N_SHIFT, count = GROUP; bit < LANES_N << N_SHIFT && count > 1; bit *= 2) {
+  for (int bit = 1 << N_SHIFT, count = STEPS; bit < LANES_N << N_SHIFT && count > 1; bit *= 2) {
     count /= 2;
     first += (lane & bit) ? count : 0;
   }

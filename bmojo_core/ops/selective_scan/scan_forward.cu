@@ -162,7 +162,7 @@ __device__ __forceinline__ void walk_segment(const Params& p) {
       if (p.D && w.channel + c < p.d) D[c] = p.D[w.channel + c];
   }
   // lanes beyond the first GROUP of a channel only repeat what those hold: they write nothing
-  int count = w.lane_n < GROUP ? channels_at(p, w.channel) : 0, mine = first_owned(w.lane);
+  int count = w.lane_n < GROUP ? channels_at(p, w.channel) : 0, mine = first_owned<GROUP>(w.lane);
   float2 bias = bias_at(p, w.block * BLOCK_C + threadIdx.x % PAIRS * CHANNELS);
   U_T* y_rows = static_cast<U_T*>(p.y) + static_cast<long long>(w.batch) * p.l * p.d + w.channel;
   int tiles = (w.end - w.begin + TILE - 1) / TILE, ahead = WALK == GRADIENTS ? -TILE : TILE;
@@ -181,7 +181,8 @@ __device__ __forceinline__ void walk_segment(const Params& p) {
       long long row = (static_cast<long long>(w.batch) * p.chunks + t0 / CHUNK) * p.d + w.channel;
 #pragma unroll
       for (int c = 0; c < CHANNELS; ++c)
-        if (w.channel + c < p.d) store_states(p.checkpoints + (row + c) * N_PAD, w.lane_n, x[c]);
+        if (w.channel + c < p.d)
+          store_states(static_cast<Part*>(p.checkpoints) + (row + c) * N_PAD, w.lane_n, x[c]);
     }
 
     for (int i = 0; i < TILE; i += GROUP) {

@@ -1,0 +1,71 @@
+"""Gradients summed where they are made are the gradients that autograd sums."""
+
+import pytest
+import torch
+from torch import nn
+
+from bmojo_core.layers import shared
+
+X, ROWS = (3, 5, 4), torch.tensor([0, 7, 7, 14])
+
+
+def linear(out):
+    return nn.Linear(4, out, bias=False).double()
+
+
+READERS = {  # what a function returns, and the modules it is given
+    "maps": lambda x, a, b: shared.maps(x, a, b, a),
+    "halves": lambda x, a, b: shared.halves(x, a),
+    "with_map": lambda x, a, b: shared.with_map(x, b),
+    "with_rows": lambda x, a, b: shared.with_rows(x, ROWS),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fused_gradients_are_the_plain_ones(name, frozen, monkeypatch):
+    torch.manual_seed(0)
+    x, a, b = torch.randn(X).double(), linear(6), linear(3)
+    a.weight.requires_grad_(not frozen)
+    found = []
+    for fast in (False, True):
+        monkeypatch.setattr(shared, "_is_fast", lambda x, fast=fast: fast)
+        torch.manual_seed(1)
+        leaf = x.clone().requires_grad_()
+        outputs = READERS[name](2 * leaf, a, b)
+        # every output has a reader of its own, whose gradient is a tensor of its own
+        loss = sum((y.square() * torch.randn(y.shape)).sum() for y in outputs)
+        parameters = [leaf, *(p for p in (a.weight, b.weight) if p.requires_grad)]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        found.append([*outputs, *(g for g in grads if g is not None)])
+    assert len(found[0]) == len(found[1])
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_an_expanded_gradient_is_not_written_through(monkeypatch):
+    monkeypatch.setattr(shared, "_is_fast", lambda x: True)
+    leaf = torch.randn(X, requires_grad=True)
+    y, taken = shared.with_rows(leaf * 1, ROWS)
+    (y.sum() + taken.sum()).backward()  # the gradient of a sum is one number, expanded
+    expected = torch.ones(15, 4).index_add(0, ROWS, torch.ones(4, 4)).reshape(X)
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_modules_that_are_more_than_a_matrix_are_called(monkeypatch):
+    monkeypatch.setattr(shared, "_is_fast", lambda x: True)
+    x, plain, biased = torch.randn(X, requires_grad=True), nn.Linear(4, 2), nn.Linear(4, 2)
+    plain = nn.Linear(4, 2, bias=False)
+    seen = []
+    plain.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    shared.maps(x, plain, plain)
+    shared.halves(x, biased)
+    assert len(seen) == 2
+    assert type(shared.with_map(x, biased)[1].grad_fn).__name__ != "_WithMapBackward"
+
+
+def test_what_runs_the_plain_equations():
+    x = torch.randn(X, requires_grad=True)
+    assert not shared._is_fast(x)  # a CPU: decoding there is counted in operations
+    same, taken = shared.with_rows(x, ROWS)
+    assert same is x and torch.equal(taken, x.reshape(15, 4)[ROWS])
