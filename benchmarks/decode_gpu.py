@@ -12,6 +12,9 @@ stays out of the ratio and gets one of its own.
 
 Where Mistral's keys and values do not fit into the device, the batch is halved until they do, for
 ours as well, and the row says what was `asked`.  A case that fails leaves its error.
+
+Beside the time of a captured step stand its parts: a step cannot be faster than the host launches
+it, nor than the device is busy with it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 from throughput import _mistral
+from torch.profiler import ProfilerActivity, profile
 from transformers import AttentionInterface, DynamicCache, MistralForCausalLM, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -62,7 +66,7 @@ def ours(kind: str, preset: str, batch: int, context: int) -> dict[str, float]:
         torch.cuda.set_sync_debug_mode("default")
     graph = DecodeGraph(model, cache)
     return {"eager_ms": eager, "graph_ms": milliseconds(lambda: graph(token)),
-            "state_mib": cache.nbytes / 2**20,
+            **split(lambda: graph(token)), "state_mib": cache.nbytes / 2**20,
             "parameters": sum(p.numel() for p in model.parameters())}  # fmt: skip
 
 
@@ -77,6 +81,7 @@ def mistral(preset: str, batch: int, context: int) -> dict[str, float]:
     step = _static_step(model, token, context)
     found["static_ms"] = milliseconds(step)
     found["graph_ms"] = milliseconds(captured(step))
+    found |= split(captured(step))
     model.set_attn_implementation("sdpa_without_mask")
     found["unmasked_ms"] = milliseconds(captured(step))
     return found
@@ -162,6 +167,24 @@ def milliseconds(step: Step) -> float:
         torch.cuda.synchronize()
         times.append(1000 * (time.perf_counter() - begun) / STEPS)
     return round(statistics.median(times[1:]), 4)
+
+
+def split(step: Step) -> dict[str, float]:
+    """Of a captured step: ms the host takes to launch it, ms the device is busy, its kernels."""
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(STEPS):
+        begun = time.perf_counter()
+        step()
+        times.append(1000 * (time.perf_counter() - begun))
+        torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e for e in seen.events() if e.device_type.name == "CUDA"]
+    busy = sum(e.device_time for e in kernels) / 1000
+    return {"launch_ms": round(statistics.median(times), 4), "busy_ms": round(busy, 4),
+            "kernels": len(kernels)}  # fmt: skip
 
 
 def free() -> None:
