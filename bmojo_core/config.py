@@ -102,8 +102,8 @@ class BMojoConfig(PretrainedConfig):
         ``"selective"``: each channel and state by itself, which is the paper's fading memory
         (Mamba's selective scan).  ``"scalar_decay"``: all states of a head alike, as in Mamba-2,
         so that matrix units can compute the scan.  The latter is not in the paper; a training step
-        takes as long with it or a little longer (results/throughput_32k.json, chapter 30), and what
-        it is worth in quality has not been measured.
+        takes longer with it (results/throughput_32k_scalar.json, chapter 30), and what it is worth
+        in quality has not been measured.
     ssm_head_dim
         Channels of a head of ``"scalar_decay"``; None is the largest divisor of the inner width
         that is at most 64.
