@@ -54,14 +54,16 @@ out/tour/index.html: $(NOTEBOOKS) notebooks/00_tour.ipynb $(SOURCES)
 	@$(PY) -m bmojo_core.experiments.run_notebook notebooks/00_tour.ipynb --out out/tour \
 	  --mathjax docs/_static/mathjax/tex-svg.js
 
+# One thread a process: there are JOBS of them.
+ONE   := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300 \
          --nbval-kernel-startup-timeout 300
 
-test: $(TEST) ## run the whole suite: unit, property, notebooks (11 minutes)
+test: $(TEST) ## run the whole suite: unit, property, notebooks (10 minutes)
 	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks,docs,test]"' \
-	  '    pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests' '    pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb' ''
+	  '    pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests' '    $(ONE) pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb' ''
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests
-	@$(PY) -m pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb
+	@$(ONE) $(PY) -m pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb
 
 lab: $(NOTEBOOKS) ## open JupyterLab on notebooks/
 	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks]"' '    jupyter lab notebooks' ''
