@@ -25,6 +25,9 @@ from torch.autograd.function import once_differentiable
 from bmojo_core.ops._numpy import nobody_watches
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
 def maps(x: Float[Tensor, "*b d"], *linears: nn.Linear) -> tuple[Float[Tensor, "*b _"], ...]:
     """``linear(x)`` for every one of several linear maps."""
     if not (_is_fast(x) and all(_is_matrix(f) for f in linears)):
@@ -72,8 +75,8 @@ def _is_fast(x: Tensor) -> bool:
 
 
 def _is_matrix(linear: nn.Module) -> bool:
-    hooks = linear._forward_hooks or linear._forward_pre_hooks
-    return type(linear) is nn.Linear and linear.bias is None and not hooks
+    plain = type(linear) is nn.Linear and linear.bias is None
+    return plain and not any(getattr(linear, hooks) for hooks in HOOKS)
 
 
 class _Maps(torch.autograd.Function):
