@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 
 from bmojo_core.ops._numpy import nobody_watches
 
-
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
