@@ -332,7 +332,7 @@ def _load(folder: Path) -> BMojoForCausalLM:
 
 
 def _device() -> torch.device:
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def _tokenizer(folder: Path, config: BMojoConfig) -> Any:

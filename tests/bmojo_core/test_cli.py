@@ -262,3 +262,12 @@ def test_signals_go_to_the_main_thread_only():
     thread.start()
     thread.join()
     assert seen and "main thread" in seen[0]
+
+
+def test_a_torch_built_for_an_accelerator_that_is_not_there_runs_on_the_cpu(monkeypatch):
+    """As pip installs torch on a Linux laptop: it names "cuda", and there is no driver."""
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator",
+        lambda check_available=False: None if check_available else torch.device("cuda"),
+    )  # fmt: skip
+    assert cli._device() == torch.device("cpu")

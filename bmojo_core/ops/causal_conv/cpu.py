@@ -46,7 +46,8 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, past)
         ctx.silu = silu
         a = linear_filter(x, weight, bias, past)
-        return F.silu(a, inplace=True) if silu else a
+        # traced, a result changed in place has no gradient in torch 2.11
+        return F.silu(a, inplace=not torch.compiler.is_compiling()) if silu else a
 
     @staticmethod
     @torch.autograd.function.once_differentiable
