@@ -59,7 +59,7 @@ ONE   := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1
 NBVAL := --nbval --nbval-current-env --nbval-sanitize-with notebooks/nbval_sanitize.cfg --nbval-cell-timeout 300 \
          --nbval-kernel-startup-timeout 300
 
-test: $(TEST) ## run the whole suite: unit, property, notebooks (10 minutes)
+test: $(TEST) ## run the whole suite: unit, property, notebooks (9 minutes)
 	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks,docs,test]"' \
 	  '    pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests' '    $(ONE) pytest -n $(JOBS) --dist loadscope $(NBVAL) notebooks/[0-9]*.ipynb notebooks/gpu/*.ipynb' ''
 	@$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder tests

@@ -41,9 +41,9 @@ SHORT, LONG = 32, 64  # positions of a chunk in float32 and in half precision
 BLOCK = 1024  # elements of a state that one program passes on
 MOST_HEADS = 8  # heads that a program takes, one after another
 ENOUGH = 1024  # programs that keep a GPU busy
-# Warps of a backward program. Four are faster by a quarter at 64 channels and 64 states, but in
-# other sizes Triton 3.6 then makes wrong gradients and writes out of bounds (the tests of one such
-# run are in results/gpu_tests_four_warps.json).
+# Warps of a backward program. Four are faster at 64 channels and 64 states, but in other sizes
+# Triton 3.6 then makes wrong gradients and writes out of bounds (the tests of one such run are in
+# results/gpu_tests_four_warps.json).
 WARPS = 8
 
 
