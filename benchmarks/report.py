@@ -90,9 +90,9 @@ def kernels() -> str:
         f"## Kernels on one {g['device']}, bfloat16\n\nThe selective scan:\n\n"
         + table(head, rows)
         + f"\n\nHalf of mamba-ssm's time was asked for; {met} of the {2 * len(rows)} timings meet "
-        "it. The last column is the time over that of the exponentials alone. Forward, the issue "
-        "of instructions and the exponentials bind together (`scan_reading` in "
-        "`results/benchmark_ops_gpu.json`, an earlier record, has the counters).\n\n"
+        "it. The last column is the time over that of the exponentials alone. What limits the "
+        "forward kernel is the issue of instructions, not bytes and not exponentials "
+        "(`scan_reading` in `results/benchmark_ops_gpu.json`, an earlier record).\n\n"
         "The short convolution; at most 1.3 times the time of its bytes was asked for:\n\n"
         + table(["(B, L, D), 4 taps", "forward ms", "forward / bytes", "with backward / bytes"],
                 filters)

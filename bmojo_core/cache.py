@@ -89,7 +89,7 @@ class BMojoCache:
         """Every tensor of the state."""
         if self.position is not None:
             yield self.position
-        yield from (leaf for _, leaf in _leaves("", self.states or []))
+        yield from (leaf for _, leaf in leaves("", self.states or []))
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +119,7 @@ class BMojoCache:
     def advance(self, states: list[Any], columns: int, lengths: Int[Tensor, "b"] | None) -> None:
         """Take the states after ``columns`` more columns, ``lengths`` of them tokens (or all)."""
         if self.position is None:
-            first = next(leaf for _, leaf in _leaves("", states))
+            first = next(leaf for _, leaf in leaves("", states))
             self.position = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
         self.position = self.position + (columns if lengths is None else lengths)
         self.columns += columns
@@ -202,7 +202,7 @@ class BMojoCache:
         if self.position is None:
             raise ValueError("the state to be saved must have read at least one token, got none")
         tensors = {"position": self.position.contiguous()}
-        tensors |= {name: t.detach().contiguous() for name, t in _leaves("", self.states)}
+        tensors |= {name: t.detach().contiguous() for name, t in leaves("", self.states)}
         metadata = {
             "format": FORMAT, "columns": str(self.columns), "tree": json.dumps(_tree(self.states)),
             "checksum": _checksum(tensors),
@@ -277,16 +277,16 @@ def state_bytes(
     return batch * (position + sum(sublayer.get(kind, 0) for kind in config.layer_types))
 
 
-def _leaves(name: str, tree: Any) -> Iterator[tuple[str, Tensor]]:
+def leaves(name: str, tree: Any) -> Iterator[tuple[str, Tensor]]:
     """(dotted name, tensor) of every tensor of nested lists and named tuples."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, list):
         for i, branch in enumerate(tree):
-            yield from _leaves(str(i), branch)
+            yield from leaves(str(i), branch)
     elif tree is not None:
         for field, branch in zip(tree._fields, tree, strict=True):
-            yield from _leaves(f"{name}.{field}", branch)
+            yield from leaves(f"{name}.{field}", branch)
 
 
 def _map(function: Callable[[str, Tensor], Tensor], field: str, tree: Any) -> Any:

@@ -15,14 +15,14 @@ Symbols: b batch, v vocabulary, d model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bmojo_core.cache import BMojoCache
+from bmojo_core.cache import BMojoCache, leaves
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.bmojo import BMojoState
 from bmojo_core.layers.eidetic import EMPTY, chunk_length
@@ -129,7 +129,7 @@ def sublayer_in_place(
 ) -> Float[Tensor, "b 1 d"]:
     """The stream after one sublayer, its new state written into the tensors of ``state``."""
     h, new = layer(h, state, start, None, True)
-    for place, moved in [*zip(_tensors(state), _tensors(new), strict=True)]:
+    for (_, place), (_, moved) in [*zip(leaves("", state), leaves("", new), strict=True)]:
         if moved is not place:
             place.copy_(moved)
     return h
@@ -161,12 +161,3 @@ def step_in_place(
         h = sublayer(layer, h, state, cache.position)
     cache.position += 1
     return model.lm_head(model.model.norm(h))[:, -1]
-
-
-def _tensors(state: Any) -> Iterator[Tensor]:
-    """The tensors of nested named tuples."""
-    if isinstance(state, Tensor):
-        yield state
-    elif state is not None:
-        for part in state:
-            yield from _tensors(part)

@@ -298,3 +298,11 @@ def test_bad_input(change, message):
     }
     with pytest.raises(ValueError, match=message):
         selective_scan(**(good | change))
+
+
+def test_rows_too_far_apart_for_the_gpu_kernels_are_brought_together():
+    """They count the elements of a chunk in 32 bits; a view of a wider tensor may be wider yet."""
+    from bmojo_core.ops.selective_scan.gpu import _rows
+
+    near, far = (torch.empty_strided((1, 2, 4), (0, s, 1), device="meta") for s in (2**20, 2**27))
+    assert _rows(near) is near and _rows(far).is_contiguous()

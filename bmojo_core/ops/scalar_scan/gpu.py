@@ -42,8 +42,8 @@ BLOCK = 1024  # elements of a state that one program passes on
 MOST_HEADS = 8  # heads that a program takes, one after another
 ENOUGH = 1024  # programs that keep a GPU busy
 # Warps of a backward program. Four are faster at 64 channels and 64 states, but in other sizes
-# Triton 3.6 then makes wrong gradients and writes out of bounds (the tests of one such run are in
-# results/gpu_tests_four_warps.json).
+# Triton 3.6 then makes wrong gradients and leaves its memory (times, tests and compute-sanitizer's
+# word of such a run are in results/gpu_tests_four_warps.json).
 WARPS = 8
 
 

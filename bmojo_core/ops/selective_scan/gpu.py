@@ -5,7 +5,7 @@
 How the work is cut (the kernels' own story is in ``scan_common.cu`` and ``scan_backward.cu``):
 
 - one thread keeps 4 (or 2) states of 2 channels in registers and walks through time; the sum over
-  the states is taken over 8 steps at once, across the few lanes that share a channel;
+  the states is taken over 8 steps at once (4 backward), across the few lanes that share a channel;
 - the state at the start of every 32 steps is kept for the backward pass (in bfloat16 where the
   inputs have half precision: half the memory of the output), which rebuilds the states between in
   registers;
@@ -233,8 +233,12 @@ class _Work:
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    """A (b, l, width) tensor whose rows are contiguous; views along b and l stay views."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    """A (b, l, width) tensor whose rows are contiguous; views along b and l stay views, unless
+    the rows of a chunk lie further apart than the kernels count in 32 bits."""
+    if x is None:
+        return None
+    near = (CHUNK * x.stride(1) + x.shape[2]) * x.element_size() < 2**32
+    return x if x.stride(-1) == 1 and near else x.contiguous()
 
 
 def _float(x: Tensor | None) -> Tensor | None:
