@@ -31,7 +31,7 @@ from torch import Tensor
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.rows import align, may_hold, places, slide, take, take_places
 from bmojo_core.layers.selection import asks_for
-from bmojo_core.layers.shared import with_rows
+from bmojo_core.layers.shared import with_taken
 from bmojo_core.ops import running_top_k
 from bmojo_core.ops.innovation.step import insert_compiled
 
@@ -316,11 +316,10 @@ def as_tokens(memory: Memory) -> Tokens:
 def _remember(
     tokens: Tokens, index: Int[Tensor, "b n k"], valid: Bool[Tensor, "b n k"], details: bool
 ) -> tuple[Memory, Tokens]:
-    where = places(index, tokens.k.shape[1])
-    read_on, taken = zip(*[with_rows(x, where) for x in tokens[:2]], strict=True)
-    tokens = tokens._replace(k=read_on[0], v=read_on[1])
-    k, v = (x.unflatten(0, index.shape) for x in taken)
+    k_on, v_on, k, v = with_taken(tokens.k, tokens.v, index, valid)
+    tokens = tokens._replace(k=k_on, v=v_on)
     if not details:
         return Memory(k, v, valid, None, None), tokens
+    where = places(index, tokens.k.shape[1])
     position, score = (take_places(x, where, index.shape) for x in (tokens.position, tokens.score))
     return Memory(k, v, valid, position, score.masked_fill(~valid, EMPTY)), tokens

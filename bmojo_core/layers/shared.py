@@ -1,7 +1,7 @@
 """A tensor that is read more than once: its gradient is summed where it is made.
 
     y_i = x W_i^T                       dx = sum_i dy_i W_i
-    (x, x W^T)    or    (x, x[rows])    dx = g + dy W,    dx = g,  dx[rows] += dy
+    (x, x W^T)    or    (x, x[index])   dx = g + dy W,    dx = g,  dx[index] += dy
 
 Autograd forms every term and adds them up in passes of their own, each of which reads two tensors
 and writes a third.  On a GPU those passes cost as much as the products they follow, so here each
@@ -11,18 +11,19 @@ than a matrix, and under a compiler, which fuses for itself, the plain equations
 Where x is handed on, the gradient that comes back for it is overwritten: it must be its reader's
 own, as the gradients of this library's kernels are.
 
-Symbols: x (*b, d); W (e, d); rows (s,) of x with its leading axes flattened.
+Symbols: x (*b, d); W (e, d); index, valid (b, n, m): the tokens that each chunk's memory holds.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from bmojo_core.ops._numpy import nobody_watches
+from bmojo_core.ops.memory_gather import add_taken, take_rows
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -52,13 +53,19 @@ def with_map(
     return _WithMap.apply(x, linear.weight)
 
 
-def with_rows(
-    x: Float[Tensor, "b l *r"], rows: Int[Tensor, "s"]
-) -> tuple[Float[Tensor, "b l *r"], Float[Tensor, "s *r"]]:
-    """x, to be read on in its place, and the given rows of it (batch and length flattened)."""
-    if not _is_fast(x):
-        return x, x.flatten(0, 1).index_select(0, rows)
-    return _WithRows.apply(x, rows)
+def with_taken(
+    k: Float[Tensor, "b l *r"],
+    v: Float[Tensor, "b l *r"],
+    index: Int[Tensor, "b n m"],
+    valid: Bool[Tensor, "b n m"],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k and v, to be read on in their place, and the rows of each that the chunks' memories hold.
+
+    Where a place is not valid, who reads it gives it no gradient.
+    """
+    if not (_is_fast(k) and _is_fast(v)):
+        return k, v, take_rows(k, index), take_rows(v, index)
+    return _WithTaken.apply(k, v, index, valid)
 
 
 def _is_fast(x: Tensor) -> bool:
@@ -130,15 +137,15 @@ class _WithMap(torch.autograd.Function):
         return g, dy.mT @ x.flatten(0, -2) if ctx.needs_input_grad[1] else None
 
 
-class _WithRows(torch.autograd.Function):
+class _WithTaken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows):
-        ctx.save_for_backward(rows)
-        return x.view_as(x), x.flatten(0, 1).index_select(0, rows)
+    def forward(ctx, k, v, index, valid):
+        ctx.save_for_backward(index, valid)
+        return k.view_as(k), v.view_as(v), take_rows(k, index), take_rows(v, index)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g, dy):
-        g = g.contiguous()
-        g.flatten(0, 1).index_add_(0, ctx.saved_tensors[0], dy)
-        return g, None
+    def backward(ctx, gk, gv, dk, dv):
+        gk, gv = gk.contiguous(), gv.contiguous()
+        add_taken((gk, gv), (dk, dv), *ctx.saved_tensors)
+        return gk, gv, None, None

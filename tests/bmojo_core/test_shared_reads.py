@@ -6,7 +6,10 @@ from torch import nn
 
 from bmojo_core.layers import shared
 
-X, ROWS = (3, 5, 4), torch.tensor([0, 7, 7, 14])
+X = (3, 5, 4)
+INDEX = torch.tensor([[[0, 0], [2, 0]], [[1, 4], [1, 3]], [[4, 2], [4, 0]]])  # (b, n, m)
+VALID = torch.tensor([[[1, 0], [1, 0]], [[1, 1], [1, 1]], [[1, 1], [1, 0]]]).bool()
+KEPT = torch.ones(3, 2, 2, 4) * VALID[..., None]
 
 
 def linear(out):
@@ -17,8 +20,14 @@ READERS = {  # what a function returns, and the modules it is given
     "maps": lambda x, a, b: shared.maps(x, a, b, a),
     "halves": lambda x, a, b: shared.halves(x, a),
     "with_map": lambda x, a, b: shared.with_map(x, b),
-    "with_rows": lambda x, a, b: shared.with_rows(x, ROWS),
+    "with_taken": lambda x, a, b: _taken(x),
 }
+
+
+def _taken(x):
+    """What `with_taken` gives; a place that is not valid has no reader."""
+    k, v, taken_k, taken_v = shared.with_taken(x, x * 3, INDEX, VALID)
+    return k, v, taken_k * KEPT, taken_v * KEPT
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -46,9 +55,13 @@ def test_fused_gradients_are_the_plain_ones(name, frozen, monkeypatch):
 def test_an_expanded_gradient_is_not_written_through(monkeypatch):
     monkeypatch.setattr(shared, "_is_fast", lambda x: True)
     leaf = torch.randn(X, requires_grad=True)
-    y, taken = shared.with_rows(leaf * 1, ROWS)
-    (y.sum() + taken.sum()).backward()  # the gradient of a sum is one number, expanded
-    expected = torch.ones(15, 4).index_add(0, ROWS, torch.ones(4, 4)).reshape(X)
+    k, v, taken, _ = shared.with_taken(leaf * 1, leaf * 1, INDEX, VALID)
+    # the gradient of a sum is one number, expanded
+    (k.sum() + v.sum() + (taken * KEPT).sum()).backward()
+    expected = 2 * torch.ones(X)
+    for row, (index, valid) in enumerate(zip(INDEX, VALID, strict=True)):
+        for token in index[valid]:
+            expected[row, token] += 1
     torch.testing.assert_close(leaf.grad, expected)
 
 
@@ -68,5 +81,6 @@ def test_modules_that_are_more_than_a_matrix_are_called(monkeypatch):
 def test_what_runs_the_plain_equations():
     x = torch.randn(X, requires_grad=True)
     assert not shared._is_fast(x)  # a CPU: decoding there is counted in operations
-    same, taken = shared.with_rows(x, ROWS)
-    assert same is x and torch.equal(taken, x.reshape(15, 4)[ROWS])
+    k, v, taken, _ = shared.with_taken(x, x, INDEX, VALID)
+    assert k is x and v is x
+    assert all(torch.equal(t, y[i]) for t, y, i in zip(taken, x, INDEX, strict=True))

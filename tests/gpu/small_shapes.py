@@ -21,6 +21,7 @@ from bmojo_core.ops import (
     scalar_scan,
     selective_scan,
 )
+from bmojo_core.ops.memory_gather import add_taken
 from bmojo_core.ops.selective_scan import gpu as scan_gpu
 
 
@@ -92,7 +93,18 @@ def attentions() -> None:
         backward((memory_attention(q, k, v, *memory, **options),), [q, k, v, *memory])
 
 
-EVERY: tuple[Callable[[], None], ...] = (scans, scalar_scans, convolutions, innovations, attentions)
+def gathers() -> None:
+    shapes = ((torch.float32, 50, 5, 7, 13), (torch.bfloat16, 33, 40, 4, 96))
+    for dtype, l, m, chunk, width in shapes:
+        index, valid = running_top_k(normal(2, l).detach(), m, chunk)
+        g = tuple(normal(2, l, width, dtype=dtype).detach() for _ in "kv")
+        wider = normal(2, index.shape[1], m + 3, width, dtype=dtype).detach()
+        add_taken(g, (wider[:, :, 3:], wider[:, :, :m]), index, valid)
+
+
+EVERY: tuple[Callable[[], None], ...] = (
+    scans, scalar_scans, convolutions, innovations, attentions, gathers,
+)  # fmt: skip
 
 if __name__ == "__main__":
     for group in EVERY:

@@ -122,8 +122,7 @@ class _MemoryAttention(torch.autograd.Function):
             None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
             for x in (q, k, v, mem_k, mem_v)
         )
-        _launch_dot(ctx.job, dout, out, dot)
-        _launch_queries(ctx.job, *tensors, dout, logsum, dot, dq)
+        _launch_queries(ctx.job, *tensors, dout, out, logsum, dot, dq)  # and dot, for the others
         _launch_keys(ctx.job, *tensors, dout, logsum, dot, dk, dv)
         if mem_k is not None:
             _launch_memory(ctx.job, *tensors, dout, logsum, dot, dmem_k, dmem_v)
@@ -173,6 +172,7 @@ class _Job:
             HAS_VALID=self.has_valid,
             HAS_MEM=self.m > 0,
             HAS_MEM_VALID=self.has_mem_valid,
+            TAIL=max(16, triton.next_power_of_2(self.m % blocks.columns)),
             num_warps=blocks.warps,
             num_stages=blocks.stages,
         )
@@ -221,23 +221,14 @@ def _launch_forward(job: _Job, q, k, v, mem_k, mem_v, mem_valid, key_valid, out,
     )
 
 
-def _launch_dot(job: _Job, dout, out, dot) -> None:
-    rows = 64
-    kernels.row_dots[(-(-job.l // rows), job.h, job.b)](
-        *(dout, out, dot),
-        *_strides(dout, 3, out, 3),
-        *(job.l, job.h, job.p, max(16, triton.next_power_of_2(job.p)), rows),
-    )
-
-
 def _launch_queries(
-    job: _Job, q, k, v, mem_k, mem_v, mem_valid, key_valid, dout, logsum, dot, dq
+    job: _Job, q, k, v, mem_k, mem_v, mem_valid, key_valid, dout, out, logsum, dot, dq
 ) -> None:
     blocks = job.blocks(64 if job.p > 64 else 128, 64, 4, 2, min(job.chunk, job.l))
     per_chunk = -(-min(job.chunk, job.l) // blocks.rows)
-    strides = _strides(q, 3, k, 3, v, 3, mem_k, 4, mem_v, 4, dout, 3, dq, 3)
+    strides = _strides(q, 3, k, 3, v, 3, mem_k, 4, mem_v, 4, dout, 3, out, 3, dq, 3)
     memory = _pointers(job, k, v, mem_k, mem_v)
-    pointers = (q, k, v, *memory, mem_valid, key_valid, dout, logsum, dot, dq)
+    pointers = (q, k, v, *memory, mem_valid, key_valid, dout, out, logsum, dot, dq)
     kernels.query_gradients[(job.c * per_chunk, job.h, job.b)](
         *pointers,
         *strides,
@@ -250,7 +241,9 @@ def _launch_queries(
 def _launch_keys(
     job: _Job, q, k, v, mem_k, mem_v, mem_valid, key_valid, dout, logsum, dot, dk, dv
 ) -> None:
-    blocks = job.blocks(64, 64, 4, 2, job.length)
+    # keys that many heads share are walked over longer: fewer, larger tiles
+    shared = job.h >= 4 * job.g and job.p <= 128 and not job.wide
+    blocks = job.blocks(*((128, 64, 8, 2) if shared else (64, 64, 4, 2)), job.length)
     strides = _strides(q, 3, k, 3, v, 3, dout, 3, dk, 3)
     pointers = (q, k, v, key_valid, dout, logsum, dot, dk, dv)
     kernels.key_gradients[(-(-job.length // blocks.rows), job.g, job.b)](
@@ -265,7 +258,8 @@ def _launch_keys(
 def _launch_memory(
     job: _Job, q, k, v, mem_k, mem_v, mem_valid, key_valid, dout, logsum, dot, dmem_k, dmem_v
 ) -> None:
-    blocks = job.blocks(64, 64, 4, 2, job.m)
+    few = job.m <= 128 and job.p <= 128 and not job.wide
+    blocks = job.blocks(*((64, 32, 4, 3) if few else (64, 64, 4, 2)), job.m)
     per_chunk = -(-job.m // blocks.rows)
     strides = _strides(q, 3, mem_k, 4, mem_v, 4, dout, 3, dmem_k, 4)
     pointers = (q, mem_k, mem_v, mem_valid, dout, logsum, dot, dmem_k, dmem_v)

@@ -6,7 +6,8 @@ units of log 2: ``scale2 = scale log2(e)``, and ``logsum`` is the base-2 logarit
 denominator, +inf where a query sees nothing (so that its weights are exactly 0).
 
 Every walk is cut in three: columns at the near edge (masked), columns that all rows see (no mask),
-columns at the far edge (masked).
+columns at the far edge (masked). Memory tokens come last, in whole blocks and a rest of TAIL
+columns: 72 tokens are 64 + 16 and not 2 x 64.
 """
 
 from __future__ import annotations
@@ -102,6 +103,29 @@ def _walk_forward(
 
 
 @triton.jit
+def _memory_mask(i, t, m, known, HAS_MEM_VALID: tl.constexpr):
+    """Every query sees memory token t, unless its place in the memory is empty."""
+    here = t < m
+    if HAS_MEM_VALID:
+        here = tl.load(known + t, mask=here, other=0) != 0
+    return (i[:, None] >= 0) & here[None, :]
+
+
+@triton.jit
+def _walk_memory_forward(
+    q, k_base, v_base, k_m, v_m, known, i, first, last, m, top, total, out, scale2,
+    HAS_MEM_VALID: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    for t0 in range(first, last, STEP):
+        k = _tile(k_base, t0, m, k_m, P, P_PAD, STEP)
+        v = _tile(v_base, t0, m, v_m, P, P_PAD, STEP)
+        seen = _memory_mask(i, t0 + tl.arange(0, STEP), m, known, HAS_MEM_VALID)
+        top, total, out = _softmax_step(q, k, v, seen, top, total, out, scale2, True, PRECISION)
+    return top, total, out
+
+
+@triton.jit
 def forward(
     q_, k_, v_, mem_k_, mem_v_, mem_valid_, key_valid_, out_, logsum_,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
@@ -109,7 +133,7 @@ def forward(
     l, length, m, window, chunk, per_chunk, scale2,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
+    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head: its window, then its chunk's memory."""
     block, head, batch = tl.program_id(0), _wide_id(1), _wide_id(2)
@@ -144,37 +168,24 @@ def forward(
     if HAS_MEM:
         mem_k = mem_k_ + batch * mk_b + c.to(tl.int64) * mk_c + g * mk_h
         mem_v = mem_v_ + batch * mv_b + c.to(tl.int64) * mv_c + g * mv_h
-        for t0 in range(0, m, COLUMNS):
-            t = t0 + tl.arange(0, COLUMNS)
-            known = t < m
-            if HAS_MEM_VALID:
-                chunks = tl.num_programs(0) // per_chunk
-                known = tl.load(mem_valid_ + (batch * chunks + c) * m + t, mask=t < m, other=0) != 0
-            top, total, out = _softmax_step(
-                q, _tile(mem_k, t0, m, mk_m, P, P_PAD, COLUMNS),
-                _tile(mem_v, t0, m, mv_m, P, P_PAD, COLUMNS),
-                (i[:, None] >= 0) & known[None, :], top, total, out, scale2, True, PRECISION,
-            )  # fmt: skip
+        known = mem_valid_
+        if HAS_MEM_VALID:
+            known += (batch * (tl.num_programs(0) // per_chunk) + c) * m
+        whole = m // COLUMNS * COLUMNS
+        top, total, out = _walk_memory_forward(
+            q, mem_k, mem_v, mk_m, mv_m, known, i, 0, whole, m, top, total, out, scale2,
+            HAS_MEM_VALID, P, P_PAD, COLUMNS, PRECISION,
+        )  # fmt: skip
+        top, total, out = _walk_memory_forward(
+            q, mem_k, mem_v, mk_m, mv_m, known, i, whole, m, m, top, total, out, scale2,
+            HAS_MEM_VALID, P, P_PAD, TAIL, PRECISION,
+        )  # fmt: skip
 
     sees = total > 0
     out = out / tl.where(sees, total, 1.0)[:, None]
     _store_tile(out_ + batch * o_b + head * o_h, out, i0, i1, o_l, P, P_PAD, ROWS)
     logsum = tl.where(sees, top + tl.math.log2(tl.where(sees, total, 1.0)), float("inf"))
     tl.store(logsum_ + (batch * H + head) * l + i, logsum, mask=i < i1)
-
-
-@triton.jit
-def row_dots(
-    dout_, out_, dot_, d_b, d_l, d_h, o_b, o_l, o_h, l,
-    H: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """D_i = dout_i . out_i."""
-    i0, head, batch = tl.program_id(0) * ROWS, _wide_id(1), _wide_id(2)
-    dout = _tile(dout_ + batch * d_b + head * d_h, i0, l, d_l, P, P_PAD, ROWS)
-    out = _tile(out_ + batch * o_b + head * o_h, i0, l, o_l, P, P_PAD, ROWS)
-    i = i0 + tl.arange(0, ROWS)
-    dot = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(dot_ + (batch * H + head) * l + i, dot, mask=i < l)
 
 
 @triton.jit
@@ -207,16 +218,31 @@ def _walk_queries(
 
 
 @triton.jit
+def _walk_memory_queries(
+    q, k_base, v_base, k_m, v_m, known, i, first, last, m, dout, logsum, dot, dq, scale2,
+    HAS_MEM_VALID: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    for t0 in range(first, last, STEP):
+        k = _tile(k_base, t0, m, k_m, P, P_PAD, STEP)
+        v = _tile(v_base, t0, m, v_m, P, P_PAD, STEP)
+        seen = _memory_mask(i, t0 + tl.arange(0, STEP), m, known, HAS_MEM_VALID)
+        dq = _query_step(q, k, v, seen, dout, logsum, dot, dq, scale2, True, PRECISION)
+    return dq
+
+
+@triton.jit
 def query_gradients(
-    q_, k_, v_, mem_k_, mem_v_, mem_valid_, key_valid_, dout_, logsum_, dot_, dq_,
+    q_, k_, v_, mem_k_, mem_v_, mem_valid_, key_valid_, dout_, out_, logsum_, dot_, dq_,
     q_b, q_l, q_h, k_b, k_l, k_h, v_b, v_l, v_h,
-    mk_b, mk_c, mk_m, mk_h, mv_b, mv_c, mv_m, mv_h, do_b, do_l, do_h, dq_b, dq_l, dq_h,
+    mk_b, mk_c, mk_m, mk_h, mv_b, mv_c, mv_m, mv_h, do_b, do_l, do_h, o_b, o_l, o_h,
+    dq_b, dq_l, dq_h,
     l, length, m, window, chunk, per_chunk, scale2, scale,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
+    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """dq of one block of queries of one head, over the same columns as ``forward``."""
+    """D and dq of one block of queries of one head, over the same columns as ``forward``."""
     block, head, batch = tl.program_id(0), _wide_id(1), _wide_id(2)
     c = block // per_chunk
     i0 = c * chunk + block % per_chunk * ROWS
@@ -227,9 +253,11 @@ def query_gradients(
     i = i0 + tl.arange(0, ROWS)
     q = _tile(q_ + batch * q_b + head * q_h, i0, i1, q_l, P, P_PAD, ROWS)
     dout = _tile(dout_ + batch * do_b + head * do_h, i0, i1, do_l, P, P_PAD, ROWS)
+    out = _tile(out_ + batch * o_b + head * o_h, i0, i1, o_l, P, P_PAD, ROWS)
+    dot = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     row = (batch * H + head) * l + i
+    tl.store(dot_ + row, dot, mask=i < i1)
     logsum = tl.load(logsum_ + row, mask=i < i1, other=float("inf"))
-    dot = tl.load(dot_ + row, mask=i < i1, other=0.0)
     k_base, v_base = k_ + batch * k_b + g * k_h, v_ + batch * v_b + g * v_h
     valid = key_valid_ + batch * length if HAS_VALID else key_valid_
     dq = tl.zeros([ROWS, P_PAD], tl.float32)
@@ -251,17 +279,18 @@ def query_gradients(
     if HAS_MEM:
         mem_k = mem_k_ + batch * mk_b + c.to(tl.int64) * mk_c + g * mk_h
         mem_v = mem_v_ + batch * mv_b + c.to(tl.int64) * mv_c + g * mv_h
-        for t0 in range(0, m, COLUMNS):
-            t = t0 + tl.arange(0, COLUMNS)
-            known = t < m
-            if HAS_MEM_VALID:
-                chunks = tl.num_programs(0) // per_chunk
-                known = tl.load(mem_valid_ + (batch * chunks + c) * m + t, mask=t < m, other=0) != 0
-            dq = _query_step(
-                q, _tile(mem_k, t0, m, mk_m, P, P_PAD, COLUMNS),
-                _tile(mem_v, t0, m, mv_m, P, P_PAD, COLUMNS),
-                (i[:, None] >= 0) & known[None, :], dout, logsum, dot, dq, scale2, True, PRECISION,
-            )  # fmt: skip
+        known = mem_valid_
+        if HAS_MEM_VALID:
+            known += (batch * (tl.num_programs(0) // per_chunk) + c) * m
+        whole = m // COLUMNS * COLUMNS
+        dq = _walk_memory_queries(
+            q, mem_k, mem_v, mk_m, mv_m, known, i, 0, whole, m, dout, logsum, dot, dq, scale2,
+            HAS_MEM_VALID, P, P_PAD, COLUMNS, PRECISION,
+        )  # fmt: skip
+        dq = _walk_memory_queries(
+            q, mem_k, mem_v, mk_m, mv_m, known, i, whole, m, m, dout, logsum, dot, dq, scale2,
+            HAS_MEM_VALID, P, P_PAD, TAIL, PRECISION,
+        )  # fmt: skip
     _store_tile(dq_ + batch * dq_b + head * dq_h, dq * scale, i0, i1, dq_l, P, P_PAD, ROWS)
 
 
@@ -309,7 +338,7 @@ def key_gradients(
     l, length, m, window, chunk, scale2, scale,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
+    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one block of keys, over the queries of all heads that share them."""
     j0, g, batch = tl.program_id(0) * ROWS, _wide_id(1), _wide_id(2)
@@ -355,7 +384,7 @@ def memory_gradients(
     l, length, m, window, chunk, per_chunk, scale2, scale,
     H: tl.constexpr, G: tl.constexpr, P: tl.constexpr, P_PAD: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, PRECISION: tl.constexpr, HAS_VALID: tl.constexpr,
-    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr,
+    HAS_MEM: tl.constexpr, HAS_MEM_VALID: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """Gradients of one block of a chunk's memory tokens, over all queries of the chunk."""
     block, g, batch = tl.program_id(0), _wide_id(1), _wide_id(2)

@@ -61,22 +61,18 @@ class Tiling:
     """How states and channels lie on the lanes of a block, and how time is cut.
 
     ``states`` states of two channels a thread; ``lanes_n`` lanes share a channel; ``segments``
-    blocks share a sequence.
+    blocks of ``warps`` warps share a sequence.
     """
 
     states: int
     lanes_n: int
     segments: int = 1
+    warps: int = 4
 
     @property
     def n_pad(self) -> int:
         """States a channel, rounded up to what its threads hold."""
         return self.states * self.lanes_n
-
-    @property
-    def warps(self) -> int:
-        """Warps a block."""
-        return 2 if self.lanes_n <= 2 else 4
 
     @property
     def threads(self) -> int:
@@ -113,21 +109,28 @@ def tiling(
     """The cut that keeps the chip busy.
 
     Four states a thread cost the fewest instructions, and two blocks a multiprocessor are enough
-    of them. With fewer, two states a thread (for 9 to 16 states) make twice as many warps. With
+    of them. With fewer, two states a thread (for 9 to 16 states) make twice as many warps; going
+    backward, where that would also double the parts of dB and dC, time is cut in two instead. With
     fewer than one, time is cut into segments, each of which but one is walked twice; many short
-    ones then run better than few long ones. (Measured on an H200.)
+    ones then run better than few long ones. (Measured on an H200 and an H100.)
     """
-    wide = Tiling(4, lanes_for(n, 4))
+    lanes, chunks = lanes_for(n, 4), -(-l // CHUNK)
+    wide = Tiling(4, lanes, warps=2 if lanes <= 2 else 4)
     blocks = b * -(-d // wide.block_c)
     enough = multiprocessors * (9 if backward else 10) // 5
     if blocks >= enough:
         return wide
     if blocks >= multiprocessors:
+        if backward:
+            return _in_segments(wide, chunks, 2)
         return Tiling(2, lanes_for(n, 2)) if 8 < n <= 16 else wide
-    chunks = -(-l // CHUNK)
-    wanted = max(1, min(-(-8 * multiprocessors // blocks), MOST_SEGMENTS, chunks // 8))
-    per_segment = -(-chunks // wanted)
-    return replace(wide, segments=-(-chunks // per_segment))
+    return _in_segments(wide, chunks, min(-(-8 * multiprocessors // blocks), MOST_SEGMENTS))
+
+
+def _in_segments(cut: Tiling, chunks: int, wanted: int) -> Tiling:
+    """Time cut into so many segments, or into fewer, of at least eight chunks."""
+    per_segment = -(-chunks // max(1, min(wanted, chunks // 8)))
+    return replace(cut, segments=-(-chunks // per_segment))
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ class _Call:
         defines = (
             ("STATES", str(t.states)),
             ("LANES_N", str(t.lanes_n)),
+            ("WARPS", str(t.warps)),
             ("VECTORS", str(int(work.vectors))),
             ("SHARED_BYTES", str(shared)),
         )
