@@ -61,18 +61,22 @@ class Tiling:
     """How states and channels lie on the lanes of a block, and how time is cut.
 
     ``states`` states of two channels a thread; ``lanes_n`` lanes share a channel; ``segments``
-    blocks of ``warps`` warps share a sequence.
+    blocks share a sequence.
     """
 
     states: int
     lanes_n: int
     segments: int = 1
-    warps: int = 4
 
     @property
     def n_pad(self) -> int:
         """States a channel, rounded up to what its threads hold."""
         return self.states * self.lanes_n
+
+    @property
+    def warps(self) -> int:
+        """Warps a block."""
+        return 2 if self.lanes_n <= 2 else 4
 
     @property
     def threads(self) -> int:
@@ -114,8 +118,7 @@ def tiling(
     fewer than one, time is cut into segments, each of which but one is walked twice; many short
     ones then run better than few long ones. (Measured on an H200 and an H100.)
     """
-    lanes, chunks = lanes_for(n, 4), -(-l // CHUNK)
-    wide = Tiling(4, lanes, warps=2 if lanes <= 2 else 4)
+    wide, chunks = Tiling(4, lanes_for(n, 4)), -(-l // CHUNK)
     blocks = b * -(-d // wide.block_c)
     enough = multiprocessors * (9 if backward else 10) // 5
     if blocks >= enough:
@@ -192,7 +195,6 @@ class _Call:
         defines = (
             ("STATES", str(t.states)),
             ("LANES_N", str(t.lanes_n)),
-            ("WARPS", str(t.warps)),
             ("VECTORS", str(int(work.vectors))),
             ("SHARED_BYTES", str(shared)),
         )

@@ -11,7 +11,7 @@
 // registers for three blocks a multiprocessor; two of them hand their dB and dC out together.
 
 constexpr int BACK = 4;                     // steps that are rebuilt at once
-constexpr int RESIDENT = N_PAD == 16 ? 12 / WARPS : 1;  // blocks a multiprocessor is to hold, at least
+constexpr int RESIDENT = N_PAD == 16 ? 3 : 1;  // blocks a multiprocessor is to hold, at least
 constexpr int GROUPS = CHUNK / BACK, PER_OCTET = OCTET / BACK;
 constexpr int BACK_OWNED = LANES_N >= BACK ? 1 : BACK / LANES_N;
 constexpr int KINDS = 2 * STATES;  // a thread's dB and dC of one step

@@ -10,11 +10,12 @@
 // the chip idle.
 //
 // Defined by the host: U_T (u, z, y), DELTA_T, BC_T (element types), STATES (2 or 4), LANES_N (a
-// power of two), WARPS (a block's), HAS_Z, HAS_BIAS, SOFTPLUS, VECTORS (every row can be moved 16 bytes at a time).
+// power of two), HAS_Z, HAS_BIAS, SOFTPLUS, VECTORS (every row can be moved 16 bytes at a time).
 
 constexpr int CHANNELS = 2;
 constexpr int LANES_C = 32 / LANES_N;
 constexpr int N_PAD = STATES * LANES_N;
+constexpr int WARPS = LANES_N <= 2 ? 2 : 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int BLOCK_C = WARPS * LANES_C * CHANNELS;
 constexpr int CHUNK = 32;

@@ -10,7 +10,7 @@ enum Walk {
 };
 
 constexpr int TILE = 32;
-constexpr int RESIDENT = N_PAD == 16 ? 16 / WARPS : 1;  // blocks a multiprocessor is to hold
+constexpr int RESIDENT = N_PAD == 16 ? 4 : 1;  // blocks a multiprocessor is to hold
 constexpr int BC_PER_THREAD = (TILE * N_PAD + THREADS - 1) / THREADS;
 
 struct alignas(16) ForwardShared {
