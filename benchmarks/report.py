@@ -289,8 +289,8 @@ def recall() -> str:
         "paper's figure 2 is reproduced. Selection rules, two blocks of width 64, mean and range "
         "over seeds (chapter 11):\n\n" + by_rule()
         + "\n\nFive tasks, L = 256, window 32, two mixers of width 64 (chapter 12):\n\n" + by_task()
-        + "\n\nThe same sizes and batches in transformers, L = 128, means over seeds; Mamba has settled "
-        "in neither implementation (ranges in chapter 12):\n\n" + outside()
+        + "\n\nThe same sizes and batches in transformers, L = 128, means over seeds; Mamba has "
+        "settled in neither implementation (ranges in chapter 12):\n\n" + outside()
     )  # fmt: skip
 
 
