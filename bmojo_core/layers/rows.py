@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
+from bmojo_core.ops.memory_gather.reference import rows_of
+
 
 def is_valid(lengths: Int[Tensor, "b"], columns: int) -> Bool[Tensor, "b l"]:
     """Which of the columns hold a token: (b, columns)."""
@@ -38,10 +40,7 @@ def take(x: Shaped[Tensor, "b l *r"], index: Int[Tensor, "b *i"]) -> Shaped[Tens
 
 def places(index: Int[Tensor, "b *i"], columns: int) -> Int[Tensor, "s"]:
     """Where (i, index[i, ...]) is among the flattened rows of so many columns, in order."""
-    if index.shape[0] > 1 and columns:
-        first = torch.arange(0, index.shape[0] * columns, columns, device=index.device)
-        index = index + first.reshape(-1, *[1] * (index.ndim - 1))
-    return index.flatten()
+    return rows_of(index, columns)
 
 
 def take_places(

@@ -64,7 +64,7 @@ def with_taken(
     Where a place is not valid, who reads it gives it no gradient.
     """
     if not (_is_fast(k) and _is_fast(v)):
-        return k, v, take_rows(k, index), take_rows(v, index)
+        return k, v, *take_rows((k, v), index)
     return _WithTaken.apply(k, v, index, valid)
 
 
@@ -141,7 +141,7 @@ class _WithTaken(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, v, index, valid):
         ctx.save_for_backward(index, valid)
-        return k.view_as(k), v.view_as(v), take_rows(k, index), take_rows(v, index)
+        return k.view_as(k), v.view_as(v), *take_rows((k, v), index)
 
     @staticmethod
     @once_differentiable

@@ -17,7 +17,7 @@ def test_the_gradient_is_the_gathers(b, l, m, chunk, seed):
     scores = torch.randn(b, l).masked_fill(torch.rand(b, l) < 0.2, float("-inf"))
     index, valid = running_top_k(scores, m, chunk)
     x, y = (torch.randn(b, l, 2, 3, dtype=torch.float64, requires_grad=True) for _ in "kv")
-    taken = [take_rows(z, index) for z in (x, y)]
+    taken = take_rows((x, y), index)
     # written out: every place of every chunk, one by one
     for z, found in zip((x, y), taken, strict=True):
         for place in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist():

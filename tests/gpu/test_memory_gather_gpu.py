@@ -50,7 +50,7 @@ def test_two_runs_give_the_same_bits(draw):
 
 def test_what_is_taken_are_the_rows(draw):
     g, _, index, _ = problem(draw, CASES[2], torch.float32)
-    taken = take_rows(g[0], index)
+    (taken,) = take_rows(g[:1], index)
     rows = torch.arange(index.shape[0], device="cuda")[:, None, None]
     assert torch.equal(taken, g[0][rows, index])
 

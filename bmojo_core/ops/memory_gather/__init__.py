@@ -19,8 +19,10 @@ from bmojo_core.ops.memory_gather.reference import add_taken_reference, take_ref
 __all__ = ["add_taken", "take_rows"]
 
 
-def take_rows(x: Float[Tensor, "b l *r"], index: Int[Tensor, "b n m"]) -> Float[Tensor, "b n m *r"]:
-    """The rows of x that each chunk's memory holds."""
+def take_rows(
+    x: tuple[Float[Tensor, "b l *r"], ...], index: Int[Tensor, "b n m"]
+) -> tuple[Float[Tensor, "b n m *r"], ...]:
+    """The rows of every x that each chunk's memory holds."""
     return take_reference(x, index)
 
 

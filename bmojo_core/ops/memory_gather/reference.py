@@ -7,18 +7,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def rows_of(index: Int[Tensor, "b n m"], length: int) -> Int[Tensor, "bnm"]:
-    """Where (b, index[b, n, i]) is among b x length flattened rows."""
-    first = torch.arange(index.shape[0], device=index.device) * length
-    return (index + first[:, None, None]).flatten()
+def rows_of(index: Int[Tensor, "b *i"], length: int) -> Int[Tensor, "s"]:
+    """Where (b, index[b, ...]) is among the flattened rows of so many columns, in order."""
+    if index.shape[0] > 1 and length:
+        first = torch.arange(0, index.shape[0] * length, length, device=index.device)
+        index = index + first.reshape(-1, *[1] * (index.ndim - 1))
+    return index.flatten()
 
 
 def take_reference(
-    x: Float[Tensor, "b l *r"], index: Int[Tensor, "b n m"]
-) -> Float[Tensor, "b n m *r"]:
-    """taken[b, n, i] = x[b, index[b, n, i]]."""
-    rows = rows_of(index, x.shape[1])
-    return x.flatten(0, 1).index_select(0, rows).unflatten(0, index.shape)
+    x: tuple[Float[Tensor, "b l *r"], ...], index: Int[Tensor, "b n m"]
+) -> tuple[Float[Tensor, "b n m *r"], ...]:
+    """taken[b, n, i] = x[b, index[b, n, i]] of every x."""
+    rows = rows_of(index, x[0].shape[1])
+    return tuple(y.flatten(0, 1).index_select(0, rows).unflatten(0, index.shape) for y in x)
 
 
 def add_taken_reference(
