@@ -51,6 +51,19 @@ def draw(b: int, l: int, h: int, p: int, n: int, dtype: torch.dtype, full: bool)
     return inputs
 
 
+def forgetful(seed: int) -> dict[str, Tensor]:
+    """A step that forgets all, then one that forgets next to nothing, and so on.
+
+    What passes a long step is nothing, and the gradient of A weighs it by that length.
+    """
+    inputs = draw(1, 100, 2, 16, 16, torch.float32, True)
+    g = torch.Generator().manual_seed(seed)
+    inputs["delta"] = 20 * torch.randn(1, 100, 2, generator=g).abs()
+    inputs["delta"][:, 1::2] = -7.0  # softplus: 1e-3
+    del inputs["delta_bias"]
+    return inputs
+
+
 def results(scan, inputs: dict[str, Tensor]) -> list[Tensor]:
     """Outputs and all gradients of a random projection of them."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
@@ -73,10 +86,12 @@ if __name__ == "__main__":
     numbers_of_tensors_as_numpy_2_4_wants_them()
     gpu._require_cuda = lambda u: None
     gpu.ENOUGH = 4  # so that a program takes more than one head
-    for *sizes, dtype, full in CASES:
-        inputs = draw(*sizes, dtype, full)
+    problems = [(case, draw(*case)) for case in CASES]
+    problems += [("all forgotten at every other step", forgetful(seed)) for seed in range(3)]
+    for case, inputs in problems:
+        dtype = inputs["u"].dtype
         exact = results(reference, {name: x.double() for name, x in inputs.items()})
         for i, (got, want) in enumerate(zip(results(kernels, inputs), exact, strict=True)):
             error = ((got.double() - want).norm() / want.norm()).item()
-            assert error <= TOLERANCE[dtype], f"{sizes} {dtype}: result {i} is off by {error:.1e}"
+            assert error <= TOLERANCE[dtype], f"{case}: result {i} is off by {error:.1e}"
     print("kernels equal the reference")

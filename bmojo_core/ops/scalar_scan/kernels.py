@@ -262,7 +262,9 @@ def head_gradients(
         tl.store(dD_ + ((b * chunks + k) * H + head) * P + p, dD, mask=p < P)
     narrow = dy.to(u.dtype)
     pairs = seen * tl.dot(narrow, tl.trans(u), input_precision=PRECISION)  # without the key's step
-    as_key, as_query = tl.sum(pairs, 0), tl.sum(pairs * step[None, :], 1)
+    as_key = tl.sum(pairs, 0)
+    before = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
+    paired = tl.dot(pairs * step[None, :], before, input_precision=PRECISION)  # [i, m]: over j < m
     to_end = _to_end(sum_, rest_, at, Q)
     du = tl.dot(B, tl.trans(R), input_precision=PRECISION) * to_end[:, None]
     into = tl.sum(u.to(tl.float32) * du, 1)
@@ -272,10 +274,11 @@ def head_gradients(
         du += D[None, :] * dy
     _store_tile(du_ + row, du, first, l, H * P, P, P_PAD, Q)
     tl.store(dstep_ + (b * l + t) * H + head, as_key + into, mask=t < l)
-    # what passes m: pairs j < m <= i, the old state to outputs i >= m, inputs j < m to the new one
-    balance = as_query - as_key * step + from_carried
-    later = tl.sum(tl.where(i[:, None] >= i[None, :], balance[:, None], 0.0), 0)
-    earlier = tl.sum(tl.where(i[:, None] < i[None, :], (into * step)[:, None], 0.0), 0)
+    # what passes m: pairs j < m <= i, the old state to outputs i >= m, inputs j < m to the new one;
+    # no pair is added only to be subtracted, so that nothing is left where all is forgotten
+    passing = paired + from_carried[:, None]
+    later = tl.sum(tl.where(i[:, None] >= i[None, :], passing, 0.0), 0)
+    earlier = tl.sum(before * (into * step)[:, None], 0)
     tl.store(ddecay_ + (b * l + t) * H + head, later + earlier + through, mask=t < l)
 
 
