@@ -2,7 +2,8 @@
 
 Our Transformer has the sizes of their Mistral and our Mamba those of their Mamba, weight for
 weight (the tests compare the counts).  Recipe, batches and learning rates are the same; at the
-best rate the mean accuracies should agree within a point wherever both have settled.
+best rate the mean accuracies should agree within a point wherever both have settled.  Their Mamba
+begins with other weights than ours; ours runs with those, too.
 
     --size gpu    L = 128, up to 16 pairs, d = 64, two blocks
     --size cpu    L = 32, up to 4 pairs, d = 32, two blocks
@@ -19,6 +20,7 @@ from bmojo_core.experiments.packed import Job
 from bmojo_core.experiments.sweep import repeats
 
 PAIRS = {"transformer": "mistral", "mamba": "outside_mamba"}  # ours: theirs
+BEGUN_AS_THEIRS = "mamba_begun_as_theirs"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ STATE = 16
 def sizes(kind: str, size: Size) -> dict[str, Any]:
     """The same model in ours and in transformers' words."""
     own = {"hidden_size": size.d, "num_heads": size.heads}
+    their_mamba = {"hidden_size": size.d, "num_hidden_layers": LAYERS, "expand": 2,
+                   "state_size": STATE, "layer_norm_epsilon": 1e-5}  # fmt: skip
     return {
         "transformer": {
             **own, "layer_types": ["attention", "feedforward"] * LAYERS, "num_layers": LAYERS,
@@ -64,8 +68,8 @@ def sizes(kind: str, size: Size) -> dict[str, Any]:
             "num_attention_heads": size.heads, "num_key_value_heads": size.heads,
             "sliding_window": None, "rms_norm_eps": 1e-5,
         },
-        "outside_mamba": {"hidden_size": size.d, "num_hidden_layers": LAYERS, "expand": 2,
-                          "state_size": STATE, "layer_norm_epsilon": 1e-5},
+        "outside_mamba": their_mamba,
+        BEGUN_AS_THEIRS: their_mamba,
     }[kind]  # fmt: skip
 
 
@@ -80,7 +84,8 @@ def job(name: str, kind: str, lr: float) -> Job:
 def jobs(folder: Path, size: str) -> list[Job]:
     """Ours and theirs at every rate; then the best rates again with other seeds."""
     s = SIZES[size]
-    first = [job(size, k, lr) for lr in s.rates for both in PAIRS.items() for k in both]
+    kinds = [*(kind for both in PAIRS.items() for kind in both), BEGUN_AS_THEIRS]
+    first = [job(size, kind, lr) for lr in s.rates for kind in kinds]
     return first + repeats(first, folder, s.seeds)
 
 

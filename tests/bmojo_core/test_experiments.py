@@ -160,7 +160,7 @@ def test_a_sweep_lists_every_job_once_and_each_is_a_model(sweep, size, tmp_path)
     assert len({job.name for job in jobs}) == len(jobs)
     different = {(job.kind, json.dumps(job.sizes, sort_keys=True)): job for job in jobs}
     for job in different.values():
-        with torch.device("meta"):
+        with torch.device("cpu" if job.kind == external.BEGUN_AS_THEIRS else "meta"):
             assert build(job, 64).config.hidden_size == job.sizes["hidden_size"]
 
 
@@ -181,6 +181,24 @@ def test_outside_models_have_our_parameters(ours, theirs, size):
         models = [build(external.job(size, kind, 1e-3), 100) for kind in (ours, theirs)]
     shapes = [sorted(tuple(p.shape) for p in model.parameters()) for model in models]
     assert shapes[0] == shapes[1]
+
+
+def test_our_mamba_learns_as_theirs_from_the_same_weights():
+    """Same seed, same initial weights, same batches: the losses are the same, step by step."""
+    runs = []
+    for kind in (external.PAIRS["mamba"], external.BEGUN_AS_THEIRS):
+        made = external.job("cpu", kind, 4e-3)
+        made = dataclasses.replace(made, task={**made.task, "examples": 64, "held_out": 8})
+        runs.append(_Running(made, make_pool(made.task), "cpu"))
+    for _ in range(4):
+        losses = []
+        for run in runs:
+            run.advance()
+            losses.append(float(run.loss))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    learned = [{p.shape: p for p in run.model.parameters()} for run in runs]
+    for shape, theirs in learned[0].items():
+        torch.testing.assert_close(learned[1][shape], theirs, rtol=1e-3, atol=2e-5)
 
 
 def test_collect_takes_the_sweeps_own_records(tmp_path, capsys):
