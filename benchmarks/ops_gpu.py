@@ -269,6 +269,26 @@ def conv_case(shape: tuple[int, int, int], copies: float) -> dict:
         floors_ms=floors,
         forward_over_floor=forward / floors["forward"],
         forward_backward_over_floor=both / floors["forward_backward"],
+        causal_conv1d=guarded(lambda: their_conv(x, taps, bias, weight)),
+    )
+
+
+def their_conv(x: Tensor, taps: Tensor, bias: Tensor, weight: Tensor) -> dict:
+    """The package causal-conv1d on the same tensors, as they lie (its channel-last kernel)."""
+    if importlib.util.find_spec("causal_conv1d") is None:
+        return dict(skipped="causal-conv1d is not installed")
+    from causal_conv1d import __version__, causal_conv1d_fn
+
+    def theirs() -> Tensor:
+        y = causal_conv1d_fn(x.transpose(1, 2), taps, bias, activation="silu")
+        return y.transpose(1, 2)
+
+    ours = causal_conv1d(x, taps, bias, activation="silu", backend="gpu")
+    return dict(
+        version=__version__,
+        forward_ms=time_of(without_gradient(theirs)),
+        forward_backward_ms=time_of(with_gradient(theirs, [x, taps, bias], weight)),
+        largest_difference=(theirs() - ours).detach().float().abs().max().item(),
     )
 
 
