@@ -11,6 +11,9 @@ lengths is chosen so that a run cut short by ``--seconds`` still compares kinds 
     python benchmarks/throughput.py --presets 1.4b --kv-heads 4 --out grouped.json
 
     python benchmarks/throughput.py --fading selective scalar_decay --out fading.json
+    python benchmarks/throughput.py --presets 130m --captured --out captured.json
+
+With ``--captured`` the training step is a CUDA graph: small models without the host's time.
 
 A row that fails (out of memory, a kernel) holds its ``error``, and the next go on.
 ``against_bars`` in the record holds B'MOJO's times over the others' and the bars for them.
@@ -23,6 +26,7 @@ import gc
 import importlib.util
 import statistics
 import time
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,8 +104,9 @@ class MambaStack(nn.Module):
 
 
 def measure(
-    model: torch.nn.Module, length: int, tokens: int, repeats: int = 5, backward: bool = True
-) -> dict[str, Any]:
+    model: torch.nn.Module, length: int, tokens: int, repeats: int = 5, backward: bool = True,
+    captured: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Median ms of forward and, where asked, of forward + backward with its peak memory."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
@@ -123,9 +128,23 @@ def measure(
     model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    both_ms = _median_ms(training_step, repeats, device)
+    step = replayed(training_step) if captured else training_step
+    both_ms = _median_ms(step, repeats, device)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
     return {"forward_ms": forward_ms, "forward_backward_ms": both_ms, "peak_gib": peak}
+
+
+def replayed(work: Callable[[], None]) -> Callable[[], None]:
+    """The work as a CUDA graph, captured after it has run on a stream of its own."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def against_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -212,6 +231,7 @@ def main() -> None:
     parser.add_argument("--kv-heads", type=int, help="key-value heads, for attention in groups")
     parser.add_argument("--fading", nargs="+", choices=FADINGS, default=["selective"])
     parser.add_argument("--no-backward", action="store_true", help="forward only, for large models")
+    parser.add_argument("--captured", action="store_true", help="training steps as CUDA graphs")
     arguments = parser.parse_args()
     begun, rows = time.perf_counter(), []
     changes = {} if arguments.kv_heads is None else {"num_kv_heads": arguments.kv_heads}
@@ -232,7 +252,8 @@ def main() -> None:
             tokens = max(arguments.tokens, length)
             row |= {"tokens": tokens, "num_kv_heads": model.config.num_key_value_heads}
             row |= {} if kind in ONE_FADING else {"fading": fading}
-            row |= _measured(model, length, tokens, backward=not arguments.no_backward)
+            how = dict(backward=not arguments.no_backward, captured=arguments.captured)
+            row |= _measured(model, length, tokens, **how)
             rows.append(row)
             _write(arguments, rows)
         del model
@@ -241,10 +262,10 @@ def main() -> None:
             torch.cuda.empty_cache()
 
 
-def _measured(model: torch.nn.Module, length: int, tokens: int, backward: bool) -> dict[str, Any]:
+def _measured(model: torch.nn.Module, length: int, tokens: int, **how: bool) -> dict[str, Any]:
     """What ``measure`` says or, where it fails, the error: other rows are not lost with it."""
     try:
-        return measure(model, length, tokens, backward=backward)
+        return measure(model, length, tokens, **how)
     except Exception as error:
         model.zero_grad(set_to_none=True)
         return _failure(error)
@@ -257,7 +278,8 @@ def _failure(error: Exception) -> dict[str, str]:
 def _write(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The record so far: a run that is stopped keeps it."""
     print(rows[-1], flush=True)
-    record = {"tokens": arguments.tokens, "rows": rows, **provenance()}
+    record = {"tokens": arguments.tokens, "captured": arguments.captured, "rows": rows}
+    record |= provenance()
     record["against_bars"] = against_bars(rows)
     write_json(Path(arguments.out), record)
 
