@@ -190,7 +190,10 @@ def faurre_bounds(A: ArrayLike, C: ArrayLike, G: ArrayLike, L0: ArrayLike) -> tu
         return P_min, dual
     values = np.linalg.eigvalsh(dual)
     if values[0] <= values[-1] * A.shape[0] * np.finfo(float).eps:
-        raise ValueError("(A, C) must be observable: P_max is unbounded along a hidden direction")
+        raise ValueError(
+            "(A, C) must be observable: along some direction P_max is unbounded, or too large for "
+            "double precision"
+        )
     return P_min, symmetric_part(np.linalg.inv(dual))
 
 
