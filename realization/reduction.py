@@ -62,10 +62,12 @@ def gramian_factor(A: Array, B: Array) -> Array:
         S = np.hstack([S, tail])
         if S.shape[1] > S.shape[0]:
             S = np.linalg.qr(S.T, mode="r").T
-        if np.linalg.norm(tail) <= EPS * np.linalg.norm(S):
-            return S
-        if not np.isfinite(power).all():
+        with np.errstate(over="ignore"):  # a matrix far from normal grows before it decays
+            size = np.linalg.norm(S)
+        if not (np.isfinite(size) and np.isfinite(power).all()):
             break
+        if np.linalg.norm(tail) <= EPS * size:
+            return S
         power = power @ power
     raise ValueError("sys must be stable: the powers of A do not decay in double precision")
 

@@ -304,11 +304,18 @@ def innovations_model(A: ArrayLike, C: ArrayLike, G: ArrayLike, L0: ArrayLike) -
     Raises
     ------
     ValueError
-        If A is not stable or the realization is not positive real.
+        If A is not stable, the realization is not positive real, or Lambda is singular: the past
+        then foretells some combination of several outputs exactly.
     """
     A, C, G, L0 = _checked_realization(A, C, G, L0)
     P, _ = _certified_bounds(A, C, G, L0)
     Lambda = symmetric_part(L0 - C @ P @ C.T)
+    scale = np.sqrt(np.diag(L0))
+    if np.linalg.eigvalsh(Lambda / np.outer(scale, scale))[0] <= len(L0) * np.finfo(float).eps:
+        raise ValueError(
+            "(A, C, G, L0) has a singular innovation covariance: some combination of the outputs "
+            "is foretold exactly by the past"
+        )
     K = np.linalg.solve(Lambda, (G - A @ P @ C.T).T).T
     return InnovationModel(A, K, C, Lambda)
 

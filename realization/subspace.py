@@ -41,6 +41,7 @@ from realization.systems import Array, as_real_array, positive_integer
 
 WELL_CONDITIONED = 1e-4  # reciprocal condition of L above which Cholesky keeps over 8 digits of it
 EXCITED = 1e-9  # relative size of the smallest direction of the inputs that counts as excited
+COINCIDENT = 1e-13  # relative size of a direction of the past that future inputs leave nothing of
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,8 @@ def compress(y: Array, u: Array | None, i: int) -> CompressedData:
     Raises
     ------
     ValueError
-        If the record is too short for i block rows, or the inputs are not persistently exciting.
+        If the record is too short for i block rows, or the inputs are not persistently exciting (of
+        order 2 i, and, as far as data without noise show it, of order 2 i + n).
     """
     T, p = y.shape
     z = y if u is None else np.hstack([u, y])
@@ -148,18 +150,39 @@ def _cholesky_if_accurate(gram: Array) -> Array | None:
 
 
 def _check_excitation(data: CompressedData) -> None:
+    """Order 2 i is necessary, and 2 i + n enough: [U_p; U_f; X] has then full row rank (Willems).
+
+    Between the two, data without noise can hide it: some combination of the past is one of future
+    inputs, and what it does to the future can be credited to either.
+    """
     size = 2 * data.i * data.m
     if not size:
         return
-    rows = data.L[:size, :size]
-    scale = np.linalg.norm(rows, axis=1, keepdims=True)
-    values = np.linalg.svd(rows / np.where(scale > 0, scale, 1), compute_uv=False)
+    values = _row_singular_values(data.L[:size, :size])
     rank = int(np.sum(values > EXCITED * values[0])) if values[0] > 0 else 0
     if rank < size:
         raise ValueError(
             f"u must be persistently exciting of order {2 * data.i} (twice block_rows={data.i}): "
             f"its Hankel matrix has rank {rank} of {size}. Use a richer input or fewer block rows"
         )
+    past = data.L[data.inputs : data.regressors, : data.regressors]
+    values = _row_singular_values(past)
+    rank = int(np.sum(values > EXCITED * values[0]))
+    own = _row_singular_values(past, past[:, data.inputs :])
+    if own[rank - 1] <= COINCIDENT * own[0]:
+        raise ValueError(
+            f"u must be persistently exciting of order {2 * data.i} + n for a system of order n "
+            f"(block_rows={data.i}): some combination of past inputs and outputs is one of future "
+            "inputs. Use a richer input or fewer block rows"
+        )
+
+
+def _row_singular_values(rows: Array, of: Array | None = None) -> Array:
+    """Singular values of ``of`` (default: the rows), each row in units of ``rows``'s length."""
+    scale = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.linalg.svd(
+        (rows if of is None else of) / np.where(scale > 0, scale, 1), compute_uv=False
+    )
 
 
 # --- the three weightings -------------------------------------------------------------------------

@@ -22,7 +22,10 @@ def check_memory_needed(memory_needed: Callable) -> None:
         "nothing but M_0": (np.r_[3.0, np.zeros(29)], 0),
         "a decay, M_k = 0.9^k": (np.r_[0.0, 0.9**k], 1),
         "a delay by 6 steps": (shift, 6),
-        "the mean of the last 5 inputs": (np.r_[0.0, np.full(5, 0.2), np.zeros(24)], 5),
+        "the mean of the 5 inputs before the present one": (
+            np.r_[0.0, np.full(5, 0.2), np.zeros(24)],
+            5,
+        ),
         "an oscillation, M_k = cos(k)": (np.r_[0.0, np.cos(k)], 2),
         "a ramp, M_k = k": (np.r_[0.0, k], 2),
     }

@@ -233,6 +233,22 @@ def test_the_first_state_is_estimated():
     assert np.allclose(with_x0.T @ with_x0 / 400, model.Lambda)
 
 
+@METHODS
+def test_excitation_between_twice_the_block_rows_and_n_more(method):
+    """Three sines excite to order 6: enough for the inputs, not for inputs and states together."""
+    plant = StateSpace([[0.5, 0.3], [-0.3, 0.5]], [[1.0], [0.5]], [[1.0, 0.2]], [[0.1]])
+
+    def record(sines):
+        t = np.arange(3000)
+        u = sum(np.sin(w * t + w) for w in (0.3, 0.9, 1.7, 2.3)[:sines])[:, None]
+        return plant.simulate(u)[1000:], u[1000:]  # no transient: the states are sines, too
+
+    with pytest.raises(ValueError, match=r"order 6 \+ n"):
+        method(*record(3), order=2, block_rows=3)
+    found = method(*record(4), order=2, block_rows=3)
+    assert np.allclose(found.deterministic.markov(20), plant.markov(20), atol=1e-12)
+
+
 rng = np.random.default_rng(0)
 noise = rng.standard_normal((400, 2))
 slow = np.sin(0.3 * np.arange(400))[:, None]

@@ -12,6 +12,7 @@ from scipy.linalg import solve_discrete_lyapunov
 
 from realization import (
     StateSpace,
+    balanced_form,
     balanced_truncation,
     block_hankel,
     hankel_singular_values,
@@ -141,6 +142,17 @@ def test_truncation_of_a_defective_system():
     reduced, bound = balanced_truncation(sys, 3)
     error = peak(sys.transfer_function(CIRCLE) - reduced.transfer_function(CIRCLE))
     assert 0 < error <= bound
+
+
+@pytest.mark.parametrize("function", [reachability_gramian, hankel_singular_values, balanced_form])
+def test_powers_beyond_double_precision_are_refused(function):
+    """Stable on paper; rounding in the squared powers of a companion form outgrows the decay."""
+    A = np.eye(9, k=1)
+    A[-1] = -np.poly(np.linspace(0.7, 0.95, 9))[:0:-1]
+    machine = StateSpace(A, np.eye(9)[:, -1:], np.eye(9)[:1])
+    assert machine.is_stable
+    with pytest.raises(ValueError, match="do not decay in double precision"):
+        function(machine)
 
 
 def test_wrong_arguments_are_named():

@@ -309,6 +309,10 @@ def test_predictor_deterministic_part_and_change_of_basis():
         (lambda: faurre_bounds([[1.1]], [[1.0]], [[1.0]], [[9.0]]), "stable"),
         (lambda: faurre_bounds([[0.5]], [[1.0, 2.0]], [[1.0]], [[9.0]]), "C must have shape"),
         (lambda: faurre_bounds([[0.5]], [[0.0]], [[1.0]], [[9.0]]), "observable"),
+        (  # y_t = (e_t, e_{t-1}): the second output was the first one
+            lambda: innovations_model([[0.0]], [[0.0], [1.0]], [[1.0, 0.0]], np.eye(2)),
+            "singular innovation covariance",
+        ),
         (lambda: InnovationModel([[0.5]], [[1.0]], [[1.0]], [[-1.0]]), "Lambda"),
         (lambda: InnovationModel([[0.5]], [[1.0], [2.0]], [[1.0]], [[1.0]]), "K must have shape"),
         (lambda: InnovationModel([[0.5]], [[1.0]], [[1.0]], [[1.0]], D=[[1.0]]), "without B"),
