@@ -159,7 +159,8 @@ ELSEWHERE = {
 def models() -> str:
     """Whole models: all kinds and sizes on one machine, then the ratios of the other records."""
     record = load("throughput_h200")
-    growth = next(r["growth_8192_to_32768"] for r in record["against_bars"] if "kind" in r)
+    ours = steps_of(record, "1.4b")
+    growth = 4 * ours["bmojo", 32768] / ours["bmojo", 8192]
     sizes = "\n\n".join(
         f"{words} parameters:\n\n{stacks(record, size)}\n\n{over(record, size)}"
         for size, words in SCALES.items()
@@ -195,17 +196,23 @@ def stacks(record: dict, size: str) -> str:
     return table(["kind", *(f"length {n}" for n in lengths)], rows)
 
 
+def steps_of(record: dict, size: str) -> dict[tuple[str, int], float]:
+    """Forward and backward in ms, or forward where only that was timed, by kind and length."""
+    return {
+        (r["kind"], r["length"]): r.get("forward_backward_ms", r["forward_ms"])
+        for r in record["rows"] if r["preset"] == size and "error" not in r
+    }  # fmt: skip
+
+
 def over(record: dict, size: str) -> str:
     """B'MOJO's training step over the other kinds', length by length."""
-    found = {
-        r["length"]: r for r in record["against_bars"] if r["preset"] == size and "length" in r
-    }
-    lengths = sorted(found)
-    peers = [k for k in STACKS if any(f"over_{k}" in r for r in found.values())]
+    ms = steps_of(record, size)
+    lengths = sorted({length for _, length in ms})
     rows = [
-        [k, *(f"{found[n][f'over_{k}']:.2f}" if f"over_{k}" in found[n] else "-" for n in lengths)]
-        for k in peers
-    ]
+        [peer, *(f"{ms['bmojo', n] / ms[peer, n]:.2f}" if (peer, n) in ms else "-"
+                 for n in lengths)]
+        for peer in STACKS[1:] if any((peer, n) in ms for n in lengths)
+    ]  # fmt: skip
     return table(["B'MOJO over", *(f"length {n}" for n in lengths)], rows)
 
 
@@ -213,8 +220,8 @@ def elsewhere() -> str:
     """B'MOJO over the Transformer, one row a record."""
     lengths, rows = (2048, 8192, 16384, 32768), []
     for name, words in ELSEWHERE.items():
-        ratio = {r["length"]: r["over_transformer"] for r in load(name)["against_bars"]
-                 if "over_transformer" in r}  # fmt: skip
+        ms = steps_of(load(name), "3b" if name == "throughput_3b" else "1.4b")
+        ratio = {n: ms["bmojo", n] / ms["transformer", n] for n in lengths if ("bmojo", n) in ms}
         rows.append([words, *(f"{ratio[n]:.2f}" if n in ratio else "-" for n in lengths)])
     return table(["record", *(f"length {n}" for n in lengths)], rows)
 
@@ -240,12 +247,17 @@ def decoding() -> str:
     head = ["run", "context", "batch", "step by step, ms", "as a graph", "Mistral step by step",
             "Mistral as a graph", "tokens per second over Mistral's"]  # fmt: skip
     bar = next(r for r in runs[0]["ratios"] if "bar" in r)
+    unfused = load("decode_gpu_unfused")["ratios"]
+    plain = {r["batch"]: r["over_mistral"] for r in unfused if r["context"] == bar["context"]}
     return (
         f"## Decoding on one {runs[0]['device']}, preset {runs[0]['preset']}, bfloat16\n\n"
         "Milliseconds of one token of every row, called step by step from Python and captured as a "
         "CUDA graph (`bmojo_core.DecodeGraph`). Mistral is transformers' class in the same size "
         "with full attention; step by step with the faster of its two caches. The last column "
-        "compares the fastest way of each.\n\n"
+        "compares the fastest way of each. `DecodeGraph` has `torch.compile` fuse small kernels "
+        "before it captures; Mistral was captured as its library runs it. With neither compiled "
+        f"the last column was {plain[1]} at batch 1 and {plain[32]} at batch 32 "
+        "(`results/decode_gpu_unfused.json`).\n\n"
         + table(head, rows)
         + f"\n\n{bar['bar']:.0f} times was asked for at {bar['context']} tokens. The two runs are "
         "the same code on two machines of one kind. At batch 1 the tiles of a step are tried out "
@@ -361,7 +373,8 @@ def recall() -> str:
         + by_task("2_layers") + "\n\nEight mixers of width 128:\n\n" + by_task("8_layers")
         + "\n\nMQAR with as many pairs as eidetic tokens, two mixers of width 64:\n\n" + farther()
         + "\n\nThe same sizes and batches in transformers, L = 128, means over seeds; Mamba has "
-        "settled in neither implementation (ranges in chapter 12):\n\n" + outside()
+        "settled in neither implementation, and its difference is no larger than its standard "
+        "error (chapter 12):\n\n" + outside()
     )  # fmt: skip
 
 
