@@ -21,6 +21,7 @@ IEEE TAC 26 (1981) for the staircase; Moore, IEEE TAC 26 (1981) for balancing.
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import numpy as np
 
@@ -32,6 +33,7 @@ from realization.decoupling import (
     are_unreached,
     attempts,
     decouple,
+    in_natural_units,
     is_pair,
     orthogonal_split,
     reached_states,
@@ -132,6 +134,7 @@ def _controllable(sys: StateSpace, property_name: str, port: str) -> tuple[State
             f"sys must be {property_name} with n >= 1: {lost} of {n} modes see no {port}; "
             "minimal(sys) removes them"
         )
+    sys, d = in_natural_units(sys)
     V, H, chains = _krylov_basis(sys.A, sys.B)
     # M = V U in the order in which the vectors A^k b_j were taken.
     U = np.zeros((n, n))
@@ -152,16 +155,17 @@ def _controllable(sys: StateSpace, property_name: str, port: str) -> tuple[State
             q = q @ H
     T = np.array(rows)
     form = _companion_structure(T, H, V.T @ sys.B, sys.C @ V, structure, chains)
-    return StateSpace(*form, sys.D), T @ V.T
+    return StateSpace(*form, sys.D), T @ V.T / d
 
 
 def _unreachable(sys: StateSpace) -> Array:
     """Rows that no input reaches, shape (unreachable, n)."""
-    reached = reached_states(sys.A, sys.B)
-    for blocks, small in attempts(sys.A, ROUNDING):
-        rows = unreachable_rows(blocks, sys.A, sys.B, small)
+    scaled, d = in_natural_units(sys)
+    reached = reached_states(scaled.A, scaled.B)
+    for blocks, small in attempts(scaled.A, ROUNDING):
+        rows = unreachable_rows(blocks, scaled.A, scaled.B, small)
         if are_unreached(rows, reached, ROUNDING):
-            return np.vstack(rows)
+            return np.vstack(rows) / d
     return np.zeros((0, sys.n))
 
 
@@ -196,7 +200,7 @@ def _krylov_basis(A: Array, B: Array) -> tuple[Array, Array, list[int]]:
     V = np.zeros((n, n))
     chains: list[int] = []
     newest = {j: B[:, j] for j in range(m)}
-    scale = {j: np.linalg.norm(B) for j in range(m)}
+    scale = {j: np.linalg.norm(B[:, j]) for j in range(m)}
     while len(chains) < n:
         for j in sorted(newest):
             r, v = len(chains), newest[j]
@@ -237,24 +241,27 @@ def modal_form(sys: StateSpace) -> tuple[StateSpace, Array]:
     Warns
     -----
     IllConditionedWarning
-        When a group of poles could not be split, or the condition number of T is above 1e8.
+        When a group of poles could not be split, or the condition number of T is above 1e8, the
+        states in their natural units.
     """
-    blocks = sorted(decouple(sys.A), key=lambda b: (-np.abs(b.poles).max(), -b.poles[0].real))
+    scaled, d = in_natural_units(sys)
+    blocks = sorted(decouple(scaled.A), key=lambda b: (-np.abs(b.poles).max(), -b.poles[0].real))
     A, rows, columns = np.zeros_like(sys.A), [np.zeros((0, sys.n))], [np.zeros((sys.n, 0))]
     start = 0
     for block in blocks:
-        Ai, L, V = _standard_block(block, np.linalg.norm(sys.A))
+        noise = EPS * np.linalg.norm(scaled.A) * np.linalg.norm(block.L) * np.linalg.norm(block.V)
+        Ai, L, V = _standard_block(replace(block, L=block.L / d, V=d[:, None] * block.V), noise)
         own = slice(start, start + block.size)
         A[own, own] = Ai
         rows.append(L)
         columns.append(V)
         start += block.size
     T, V = np.vstack(rows), np.hstack(columns)
-    _warn_if_ill_conditioned("modal_form", T)
+    _warn_if_ill_conditioned("modal_form", T * d)
     return StateSpace(A, T @ sys.B, sys.C @ V, sys.D), T
 
 
-def _standard_block(block: Block, scale: float) -> tuple[Array, Array, Array]:
+def _standard_block(block: Block, noise: float) -> tuple[Array, Array, Array]:
     """A block with unit columns of V; [[a, w], [-w, a]] for a pair; diagonal where it can be."""
     Ai, L, V = block.A, block.L, block.V
     if block.is_complex:
@@ -274,8 +281,7 @@ def _standard_block(block: Block, scale: float) -> tuple[Array, Array, Array]:
         + np.diag(np.diag(Ai, -1) * pair, -1)
     )
     coupling = Ai - own
-    noise = 1e3 * EPS * scale * np.linalg.norm(L) * np.linalg.norm(V)
-    if np.linalg.norm(coupling) <= noise:
+    if np.linalg.norm(coupling) <= 1e3 * noise:
         return own, L, V
     warnings.warn(
         f"modal_form: {block.size} poles near {np.round(block.poles.mean(), 6)} cannot be split in "

@@ -10,6 +10,9 @@ applied to a real Schur form S. A rounding error in A of relative size eps turns
 about eps ||A|| (1 + ||X||) / gap. Where that angle is not small, the eigenvalues are one eigenvalue
 to working precision (a Jordan block, or equal modes), and they stay together in a triangular A_i.
 
+Both hold in any units of the states, so the choice is free: `in_natural_units` makes what drives a
+state as large as what it drives, and the rounding errors of other states then do no harm to it.
+
 Once the modes are apart, reachability is a question to each of them alone (Popov, Belevitch,
 Hautus): (A, B) is reachable if and only if every (A_i, L_i B) is. The rounding error of L_i B is
 known, which gives the decision a threshold that is neither a guess nor a knob.
@@ -19,7 +22,8 @@ Glossary
     S, Q          real Schur form, A = Q S Q^T       A_i (k_i, k_i) quasi-triangular block
 
 Source: Bavely and Stewart, SIAM J. Numer. Anal. 16 (1979); Stewart and Sun, Matrix Perturbation
-Theory (1990), chapter V; Kailath, Linear Systems (1980), section 2.4.3.
+Theory (1990), chapter V; Kailath, Linear Systems (1980), section 2.4.3; Osborne, J. ACM 7 (1960)
+and James, Langou and Lowery (2014), arXiv:1401.5766, for the units.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import lapack, schur, solve_sylvester
 
-from realization.systems import Array, reachability_matrix
+from realization.systems import Array, StateSpace, reachability_matrix
 
 EPS = float(np.finfo(np.float64).eps)
 # Relative perturbation of (A, B, C) that counts as rounding: some hundred units in the last place,
@@ -38,10 +42,58 @@ EPS = float(np.finfo(np.float64).eps)
 ROUNDING = 1e-13
 # A split is kept while a rounding error turns the split space by less than about this angle.
 LARGEST_ANGLE = 1e-4
+LARGEST_NUMBER_OF_SWEEPS = 100  # of `in_natural_units`; each halves what is left, in digits
 
 
 class IllConditionedWarning(UserWarning):
     """A result is right in principle, and has lost digits to the basis that was asked for."""
+
+
+def in_natural_units(sys: StateSpace) -> tuple[StateSpace, Array]:
+    """The system in units of its own, and those units: x = d * (the states of the result).
+
+    Units d divide row i of [A B] by d_i and multiply column i of [A; C] by it. They are powers of
+    2, which change no digit, and make the norms of the two, r_i and c_i, equal up to a factor of 2.
+
+    Parameters
+    ----------
+    sys : StateSpace
+
+    Returns
+    -------
+    scaled : StateSpace
+        sys.transform(diag(1 / d)), without rounding errors.
+    d : ndarray, shape (n,)
+        One result for one system: in other units of the states, d changes as they do (by a factor
+        of 2 more or less).
+    """
+    A, b, c = np.abs(sys.A), np.linalg.norm(sys.B, axis=1), np.linalg.norm(sys.C, axis=0)
+    # Of a state the diagonal entry knows no units; 1, the step from x_t to x_{t+1}, stands for it.
+    # Couplings far below 1, rounding errors above all, then count for nothing.
+    np.fill_diagonal(A, 1.0)
+    # Units of inputs and outputs: with those of the Markov parameters in the middle between them.
+    gain = np.sqrt(_largest_gain(sys))
+    b, c = b / gain, c / gain
+    exponent = np.zeros(sys.n)
+    for _ in range(LARGEST_NUMBER_OF_SWEEPS):
+        settled = True
+        for i in range(sys.n):
+            r, s = np.hypot(np.linalg.norm(A[i]), b[i]), np.hypot(np.linalg.norm(A[:, i]), c[i])
+            k = round(np.log2(r / s) / 2)
+            if k:
+                A[i], b[i] = A[i] / 2.0**k, b[i] / 2.0**k
+                A[:, i], c[i] = A[:, i] * 2.0**k, c[i] * 2.0**k
+                exponent[i], settled = exponent[i] + k, False
+        if settled:
+            break
+    d = 2.0**exponent
+    return StateSpace(sys.A / d[:, None] * d, sys.B / d[:, None], sys.C * d, sys.D), d
+
+
+def _largest_gain(sys: StateSpace) -> float:
+    """Largest Markov parameter M_1 .. M_n, growth apart: the same in all units of the states."""
+    R = reachability_matrix(sys.A / max(1.0, sys.spectral_radius), sys.B, max(sys.n, 1))
+    return float(np.abs(sys.C @ R).max(initial=0.0)) or 1.0
 
 
 @dataclass(frozen=True)

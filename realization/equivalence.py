@@ -23,6 +23,7 @@ from realization.decoupling import (
     are_unreached,
     attempts,
     decouple,
+    in_natural_units,
     orthogonal_split,
     reached_states,
     unreachable_rows,
@@ -34,9 +35,9 @@ def minimal(sys: StateSpace, tol: float | None = None) -> StateSpace:
     """Drop every state that no input reaches or no output sees.
 
     A mode is dropped when a perturbation of A, B, C of relative size `tol` would make it
-    unreachable or unobservable; the effect of such a perturbation on each mode is worked out, so
-    that badly scaled bases and slow chains need no tolerance of their own. Modes that coincide are
-    examined together, by a staircase.
+    unreachable or unobservable, the states in their natural units; the effect of such a
+    perturbation on each mode is worked out, so that badly scaled bases and slow chains need no
+    tolerance of their own. Modes that coincide are examined together, by a staircase.
 
     Parameters
     ----------
@@ -58,9 +59,10 @@ def minimal(sys: StateSpace, tol: float | None = None) -> StateSpace:
     tol = ROUNDING if tol is None else float(tol)
     if not 0 < tol < 1:
         raise ValueError(f"tol must lie between 0 and 1, got {tol}")
-    A = sys.A
     if sys.n == 0:
         return sys
+    given, (sys, _) = sys, in_natural_units(sys)
+    A = sys.A
     reached, heard = reached_states(A, sys.B), reached_states(A.T, sys.C.T)
     for blocks, small in attempts(A, tol):
         # What no output sees is what no input reaches in the transposed system. Both decisions are
@@ -70,7 +72,9 @@ def minimal(sys: StateSpace, tol: float | None = None) -> StateSpace:
         if are_unreached(unreached, reached, tol) and are_unreached(unseen, heard, tol):
             break
     else:
-        return sys
+        return given
+    if not any(map(len, unreached)) and not any(map(len, unseen)):
+        return given
     unseen = [_orthogonal_to(hidden, lost) for hidden, lost in zip(unseen, unreached)]
     if any(map(len, unreached)):
         T, r = orthogonal_split(A, np.vstack(unreached))
@@ -112,7 +116,8 @@ def similarity(sys1: StateSpace, sys2: StateSpace, tol: float = 1e-8) -> Array:
     sys1, sys2 : StateSpace
         Minimal.
     tol : float
-        Largest relative residual of T A1 = A2 T, T B1 = B2, C1 = C2 T that counts as equal.
+        Largest relative residual of T A1 = A2 T, T B1 = B2, C1 = C2 T that counts as equal, the
+        states of both in their natural units.
 
     Returns
     -------
@@ -130,8 +135,11 @@ def similarity(sys1: StateSpace, sys2: StateSpace, tol: float = 1e-8) -> Array:
         order = minimal(sys).n
         if order != sys.n:
             raise ValueError(f"{name} must be minimal, got n={sys.n} states of which {order} count")
-    candidates = [_by_modes(sys1, sys2), _by_reachability(sys1, sys2)]
-    candidates.append(np.linalg.pinv(_by_reachability(sys2.dual(), sys1.dual()).T).T)
+    (sys1, d1), (sys2, d2) = in_natural_units(sys1), in_natural_units(sys2)
+    candidates = [np.zeros((0, 0))]
+    if sys1.n:
+        candidates = [_by_modes(sys1, sys2), _by_reachability(sys1, sys2)]
+        candidates.append(np.linalg.pinv(_by_reachability(sys2.dual(), sys1.dual()).T).T)
     T = min(candidates, key=lambda T: _residual(T, sys1, sys2))
     residual = _residual(T, sys1, sys2)
     if not residual <= tol:
@@ -139,7 +147,7 @@ def similarity(sys1: StateSpace, sys2: StateSpace, tol: float = 1e-8) -> Array:
             "sys1 and sys2 must be equivalent, got different input-output maps "
             f"(relative residual {residual:.1e}, allowed {tol:.1e})"
         )
-    return T
+    return d2[:, None] * T / d1
 
 
 def _by_modes(sys1: StateSpace, sys2: StateSpace) -> Array:

@@ -35,11 +35,11 @@ from realization.gains import (
     Step,
     Stretch,
     gain_schedule,
-    inverse_lower,
     natural_units,
     riccati_step,
     scaled_noises,
     square_root_step,
+    whitener,
 )
 from realization.models import (
     InnovationModel,
@@ -184,13 +184,14 @@ def steady_state_filter(
     Raises
     ------
     ValueError
-        If y has missing entries, shapes do not fit, or no stabilizing gain exists.
+        If y has missing entries, shapes do not fit, no stabilizing gain exists, or the innovation
+        covariance is singular.
     """
     y, u, seen = _checked_data(model, y, u)
     if not seen.all():
         raise ValueError("y must have no missing entries here; use kalman_filter for such records")
     K, F, P = steady_state_gain(model)
-    W = inverse_lower(np.linalg.cholesky(F))
+    W = whitener(F)
     schedule = [Stretch(0, len(y), P, K, W, -float(np.log(np.diag(W)).sum()), model.p)]
     if isinstance(x0, str) and x0 == "estimate":
         x0 = _estimated_state(model, schedule, y, u)
@@ -246,6 +247,8 @@ def steady_state_gain(model: StochasticModel) -> tuple[Array, Array, Array]:
         closed = np.abs(np.linalg.eigvals(A - model.K @ C)).max(initial=0.0)
         if closed < 1:  # the state is a function of the past outputs: nothing left to predict
             return model.K, model.Lambda, np.zeros((n, n))
+    if n == 0:
+        return np.zeros((0, model.p)), model.R, np.zeros((0, 0))
     # Units of state and output in which the noises and what they excite are of size 1: the solver's
     # thresholds know of no others.
     x, y = natural_units(model)
@@ -340,7 +343,9 @@ def _estimated_state(
     """Maximum-likelihood x_0; directions on which the record says nothing are left at zero."""
     _, e, _ = _run(model, schedule, y, u, np.zeros(model.n))
     r, N = _information(model, schedule, e)
-    return scipy.linalg.pinvh(N, rtol=1e-13) @ r
+    size = np.sqrt(np.diag(N))  # what counts as nothing is decided where N has a unit diagonal
+    size[size == 0] = 1.0
+    return scipy.linalg.pinvh(N / np.outer(size, size), rtol=1e-13) @ (r / size) / size
 
 
 # --- the first state ------------------------------------------------------------------------------

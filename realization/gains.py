@@ -27,7 +27,7 @@ import scipy.linalg
 from realization.models import Mask, StochasticModel
 from realization.systems import Array
 
-CONVERGED = 1e-14  # what P_t may still move, relative to |P| + |Q|, when a stretch starts
+CONVERGED = 1e-14  # what an entry of P_t may still move, in units of P + Q, when a stretch starts
 EPS = float(np.finfo(float).eps)  # below this no step changes P_t
 
 
@@ -113,8 +113,9 @@ def natural_units(model: StochasticModel) -> tuple[Array, Array]:
     """
     A, C, n = model.A, model.C, model.n
     W = model.Q
+    growth = max(1.0, float(np.linalg.norm(A, 2))) if n else 1.0
     for _ in range(n):
-        W = model.Q + A @ W @ A.T / max(1.0, float(np.linalg.norm(A, 2))) ** 2
+        W = model.Q + A @ W @ A.T / growth**2
     x, y = np.sqrt(np.abs(np.diag(W))), np.sqrt(np.abs(np.diag(C @ W @ C.T + model.R)))
     y = np.where(y > 0, y, 1.0)
     loudness = np.linalg.norm(C / y[:, None], axis=0)
@@ -132,6 +133,14 @@ def inverse_lower(L: Array) -> Array:
     if L.shape[0] == 0:
         return L
     return scipy.linalg.lapack.dtrtri(L, lower=1)[0]
+
+
+def whitener(F: Array) -> Array:
+    """Lower triangular W (p, p) with W' W = F^{-1}; ValueError for a singular covariance F."""
+    try:
+        return inverse_lower(np.linalg.cholesky(F))
+    except np.linalg.LinAlgError as error:
+        raise ValueError("the innovation covariance must be positive definite") from error
 
 
 def _scatter(M: Array, seen: Mask) -> Array:
@@ -153,7 +162,11 @@ def gain_schedule(
     # Runs of one pattern of missing entries; inside a run the covariance converges.
     changes = (seen[start + 1 :] != seen[start:-1]).any(axis=1)
     edges = (1 + start + np.flatnonzero(changes)).tolist()
-    stretches, scale_Q = [], float(np.linalg.norm(model.Q))
+    # Every entry of P_t is measured in units of its own: a slow state in small units counts too.
+    variance = np.diag(model.Q)
+    if not variance.all():
+        variance = np.where(variance > 0, variance, natural_units(model)[0] ** 2)
+    stretches = []
     for first, last in zip([start, *edges], [*edges, T]):
         t = first
         while t < last:
@@ -164,9 +177,9 @@ def gain_schedule(
                     f"the innovation covariance must be positive definite, it is singular at t={t}"
                 ) from error
             P_next = following @ following.T if rooted else following
-            moved = float(np.linalg.norm(P_next - P))
-            scale = float(np.linalg.norm(P_next)) + scale_Q
-            settled = _is_settled(moved, scale, model.A - K @ model.C)
+            size = np.sqrt(P_next.diagonal() + variance)
+            moved = float(np.abs((P_next - P) / size / size[:, None]).max(initial=0.0))
+            settled = _is_settled(moved, model.A - K @ model.C)
             stop = last if settled else t + 1
             diagonal = np.diag(W)[seen[first]]
             half_logdet = -float(np.log(diagonal).sum())
@@ -175,13 +188,15 @@ def gain_schedule(
     return stretches, P
 
 
-def _is_settled(moved: float, scale: float, closed: Array) -> bool:
+def _is_settled(moved: float, closed: Array) -> bool:
     """True when the steps that P_t would still make add up to less than the tolerance.
+
+    `moved` is the largest entry of the last step, each in its own units.
 
     Steps shrink by the squared spectral radius of A - K C in the end. The ratio of the last two
     would not do as a rate: after a vague start it is tiny while slow directions are still to move.
     """
-    if moved > 1e-8 * scale:
+    if moved > 1e-8:
         return False
     rate = float(np.abs(np.linalg.eigvals(closed)).max(initial=0.0)) ** 2
-    return moved <= scale * max(CONVERGED * (1 - rate), EPS)
+    return moved <= max(CONVERGED * (1 - rate), EPS)

@@ -242,7 +242,7 @@ def simulate_realization(
     Raises
     ------
     ValueError
-        If u is missing, superfluous or of another shape.
+        If u is missing, superfluous or of another shape, or x0 is of another shape.
     """
     T = positive_integer("num_steps", num_steps)
     rng = np.random.default_rng(seed)
@@ -252,6 +252,8 @@ def simulate_realization(
     w, v = noise[:, : model.n], noise[:, model.n :]
     if x0 is not None:
         x0 = as_real_array("x0", x0, 1)
+        if x0.shape != (model.n,):
+            raise ValueError(f"x0 must have shape ({model.n},), got {x0.shape}")
     elif np.abs(np.linalg.eigvals(model.A)).max(initial=0.0) < 1:
         x0 = covariance_factor(state_covariance(model)) @ rng.standard_normal(model.n)
     else:
@@ -347,12 +349,21 @@ def checked_inputs(model: StochasticModel, u: ArrayLike | None, T: int) -> Array
 
 
 def _is_covariance(M: Array) -> bool:
+    """Symmetric and positive semidefinite, each variable in its own units.
+
+    Rounding errors of the size of the largest variance are forgiven to all.
+    """
     if M.size == 0:
         return True
-    if not np.allclose(M, M.T, rtol=1e-8, atol=1e-10 * np.abs(M).max()):
+    largest = np.abs(M).max()
+    if not np.allclose(M, M.T, rtol=1e-8, atol=1e-10 * largest):
         return False
-    values = np.linalg.eigvalsh(symmetric_part(M))
-    return bool(values[0] >= -1e-9 * max(values[-1], np.finfo(float).tiny))
+    M = symmetric_part(M) + 8 * len(M) * np.finfo(float).eps * largest * np.eye(len(M))
+    size = np.sqrt(np.maximum(np.diag(M), 0.0))
+    if not size.all():  # a variance below zero, unless all of M is zero
+        return not largest
+    values = np.linalg.eigvalsh(M / size / size[:, None])
+    return bool(values[0] >= -1e-9 * values[-1])
 
 
 def _freeze(model: object, name: str, shape: tuple[int, ...]) -> None:

@@ -63,10 +63,10 @@ def gramian_factor(A: Array, B: Array) -> Array:
         if S.shape[1] > S.shape[0]:
             S = np.linalg.qr(S.T, mode="r").T
         with np.errstate(over="ignore"):  # a matrix far from normal grows before it decays
-            size = np.linalg.norm(S)
-        if not (np.isfinite(size) and np.isfinite(power).all()):
+            size = np.linalg.norm(S, axis=1)  # of each state in its own units
+        if not (np.isfinite(size).all() and np.isfinite(power).all()):
             break
-        if np.linalg.norm(tail) <= EPS * size:
+        if (np.linalg.norm(tail, axis=1) <= EPS * size).all():
             return S
         power = power @ power
     raise ValueError("sys must be stable: the powers of A do not decay in double precision")
@@ -248,7 +248,13 @@ def stochastic_balanced_truncation(sys: StateSpace, order: int) -> tuple[StateSp
     _require_order(sys, order)
     if sys.p != sys.m:
         raise ValueError(f"sys must be square, got p={sys.p} outputs and m={sys.m} inputs")
+    if sys.n == 0:
+        return sys, 0.0
     A, B, C, D = _to_continuous(sys)
+    # The relative error knows no units of the outputs: those in which D has rows of norm 1.
+    unit = np.linalg.norm(D, axis=1)
+    unit[unit == 0] = 1.0
+    C, D = C / unit[:, None], D / unit[:, None]
     if np.linalg.cond(D) > 1 / (sys.m * EPS):
         raise ValueError("sys must have no zero on the unit circle, got one at z = -1")
     S = gramian_factor(sys.A, sys.B)
@@ -257,12 +263,12 @@ def stochastic_balanced_truncation(sys: StateSpace, order: int) -> tuple[StateSp
     B_W = S @ (S.T @ C.T) + B @ D.T
     try:
         w = solve_continuous_are(A, B_W, np.zeros_like(A), -(D @ D.T), s=-C.T)
-    except np.linalg.LinAlgError as error:
+    except (np.linalg.LinAlgError, ValueError) as error:
         raise ValueError("sys must have no zero on the unit circle") from error
     eigenvalues, Z = np.linalg.eigh((w + w.T) / 2)
     R = Z * np.sqrt(np.maximum(eigenvalues, 0))
     L, V, sigma = balancing_projection(S, R, order)
-    reduced = _to_discrete(L @ A @ V, L @ B, C @ V, D)
+    reduced = _to_discrete(L @ A @ V, L @ B, unit[:, None] * (C @ V), unit[:, None] * D)
     cut = np.minimum(sigma[order:], 1.0)
     with np.errstate(divide="ignore"):
         bound = np.expm1(np.log1p(cut).sum() - np.log1p(-cut).sum())

@@ -49,6 +49,9 @@ from realization.systems import Array, StateSpace, as_real_array
 
 MAX_DOUBLINGS = 60
 CORRELATION_TOLERANCE = 1e-12
+# White noise that may be added, relative to L0, before covariances are refused: rounding errors
+# make Phi negative by as much where it should be zero.
+ADDED_NOISE = 1e-13
 
 
 # --- covariances to a state -----------------------------------------------------------------------
@@ -105,9 +108,16 @@ def spectral_density(
     -------
     ndarray of complex, shape omega.shape + (p, p)
         Hermitian; positive semidefinite at every frequency when the realization is positive real.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, A is not stable, L0 is not symmetric, or a frequency is not real and
+        finite.
     """
     A, C, G, L0 = _checked_realization(A, C, G, L0)
-    half = StateSpace(A, G, C, L0 / 2).transfer_function(np.exp(1j * np.asarray(omega, float)))
+    omega = as_real_array("omega", omega, np.ndim(omega))
+    half = StateSpace(A, G, C, L0 / 2).transfer_function(np.exp(1j * omega))
     return half + np.swapaxes(half.conj(), -1, -2)
 
 
@@ -128,9 +138,14 @@ def positive_real_matrix(A: Array, C: Array, G: Array, L0: Array, P: Array) -> A
     -------
     ndarray, shape (n + p, n + p)
         Positive semidefinite exactly when P is the state covariance of some realization.
+
+    Raises
+    ------
+    ValueError
+        If shapes do not fit, A is not stable, or L0 or P is not symmetric.
     """
     A, C, G, L0 = _checked_realization(A, C, G, L0)
-    P = as_real_array("P", P, 2)
+    P = _checked_symmetric("P", as_real_array("P", P, 2), len(A))
     S = G - A @ P @ C.T
     return symmetric_part(np.block([[P - A @ P @ A.T, S], [S.T, L0 - C @ P @ C.T]]))
 
@@ -156,7 +171,7 @@ def is_positive_real(A: ArrayLike, C: ArrayLike, G: ArrayLike, L0: ArrayLike) ->
     A, C, G, L0 = _checked_realization(A, C, G, L0)
     if np.linalg.eigvalsh(L0)[0] <= 0:
         return False
-    return _past_and_future(A, C, G, L0) is not None
+    return _bounds_or_none(A, C, G, L0) is not None
 
 
 def faurre_bounds(A: ArrayLike, C: ArrayLike, G: ArrayLike, L0: ArrayLike) -> tuple[Array, Array]:
@@ -180,8 +195,11 @@ def faurre_bounds(A: ArrayLike, C: ArrayLike, G: ArrayLike, L0: ArrayLike) -> tu
 
     Notes
     -----
-    Converges quadratically; when Phi is singular somewhere on the unit circle only linearly, and
-    the result is then good to about the square root of machine precision.
+    Converges quadratically; when the spectral factor has a zero on the unit circle only linearly,
+    and the result is then good to about eps^(1 / 2k), k the zero's multiplicity and eps what
+    rounding is to the prediction error: 1e-13 L0 / Lambda. On which side of singular such a Phi
+    falls is for rounding to decide, so covariances that white noise of 1e-13 L0 makes those of a
+    process pass for them.
     Source: Faurre, Clerget and Germain (1979); Lindquist and Picci (2015), section 8.
     """
     A, C, G, L0 = _checked_realization(A, C, G, L0)
@@ -229,10 +247,16 @@ def _past_and_future(A: Array, C: Array, G: Array, L0: Array) -> tuple[Array, Ar
     return H, J
 
 
+def _bounds_or_none(A: Array, C: Array, G: Array, L0: Array) -> tuple[Array, Array] | None:
+    """(P_min, P_max^{-1}), if need be of the process plus the smallest white noise; else None."""
+    bounds = _past_and_future(A, C, G, L0)
+    return _past_and_future(A, C, G, L0 * (1 + ADDED_NOISE)) if bounds is None else bounds
+
+
 def _certified_bounds(A: Array, C: Array, G: Array, L0: Array) -> tuple[Array, Array]:
     """(P_min, P_max^{-1}), or the ValueError that says what is not a covariance sequence."""
     _checked_variance("L0", L0)
-    bounds = _past_and_future(A, C, G, L0)
+    bounds = _bounds_or_none(A, C, G, L0)
     if bounds is None:
         raise ValueError(
             "(A, C, G, L0) must be positive real: these are not the covariances of a process "
@@ -263,11 +287,12 @@ def stochastic_realization(
     Raises
     ------
     ValueError
-        If M(P) is not positive semidefinite. For n = 1 the solutions are exactly the interval
-        [P_min, P_max]; for n > 1 they are a convex subset of it that touches both ends.
+        If P is not symmetric of shape (n, n), or M(P) is not positive semidefinite. For n = 1 the
+        solutions are exactly the interval [P_min, P_max]; for n > 1 they are a convex subset of it
+        that touches both ends.
     """
     A, C, G, L0 = _checked_realization(A, C, G, L0)
-    P = as_real_array("P", P, 2)
+    P = _checked_symmetric("P", as_real_array("P", P, 2), len(A))
     M = positive_real_matrix(A, C, G, L0, P)
     n = len(A)
     # In the units of P and L0: eigenvalues mean nothing for entries that others dwarf.
@@ -413,19 +438,26 @@ def kolmogorov_szego(
 # --- checks ---------------------------------------------------------------------------------------
 
 
+def _checked_symmetric(name: str, M: Array, size: int) -> Array:
+    if M.shape != (size, size):
+        raise ValueError(f"{name} must have shape {(size, size)}, got {M.shape}")
+    if not np.allclose(M, M.T, rtol=1e-8, atol=1e-12 * np.abs(M).max(initial=0.0)):
+        raise ValueError(f"{name} must be symmetric, it is a covariance")
+    return symmetric_part(M)
+
+
 def _checked_variance(name: str, L0: Array) -> Array:
-    if not np.allclose(L0, L0.T, rtol=1e-8, atol=1e-12 * np.abs(L0).max(initial=0.0)):
-        raise ValueError(f"{name} must be symmetric, it is the covariance of y_t")
-    smallest = np.linalg.eigvalsh(symmetric_part(L0))[0]
+    L0 = _checked_symmetric(name, L0, len(L0))
+    smallest = np.linalg.eigvalsh(L0)[0]
     if smallest <= 0:
         raise ValueError(f"{name} must be positive definite, its eigenvalues reach {smallest:.3g}")
-    return symmetric_part(L0)
+    return L0
 
 
 def _checked_realization(
     A: ArrayLike, C: ArrayLike, G: ArrayLike, L0: ArrayLike
 ) -> tuple[Array, Array, Array, Array]:
-    """Shapes (n, n), (p, n), (n, p), (p, p) and a stable A; L0 made exactly symmetric."""
+    """Shapes (n, n), (p, n), (n, p), (p, p), a stable A and a symmetric L0, made exactly so."""
     A, C, G, L0 = (
         as_real_array(name, M, 2) for name, M in zip(["A", "C", "G", "L0"], (A, C, G, L0))
     )
@@ -439,4 +471,4 @@ def _checked_realization(
     radius = np.abs(np.linalg.eigvals(A)).max(initial=0.0)
     if radius >= 1:
         raise ValueError(f"A must be stable, its spectral radius is {radius:.6g}")
-    return A, C, G, symmetric_part(L0)
+    return A, C, G, _checked_symmetric("L0", L0, p)

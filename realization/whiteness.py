@@ -34,6 +34,8 @@ from numpy.typing import ArrayLike
 from realization.systems import Array, as_real_array, positive_integer
 
 MIN_LENGTH = 20
+CONSTANT = 1e-12  # standard deviation, relative to the largest value, that rounding can leave
+DEPENDENT = 1e-7  # what rounding can leave of a channel, in its deviations, next to the others
 
 
 @dataclass(frozen=True)
@@ -171,11 +173,19 @@ def cumulative_periodogram(s: ArrayLike) -> Array:
     ndarray, shape (q, p)
         Rises from near 0 to 1; for white noise along the straight line j / q. q is (T - 1) // 2:
         frequencies 0 and pi, whose periodogram has another distribution, are left out.
+
+    Raises
+    ------
+    ValueError
+        If the shape or a value is not as above, or a channel has no power at these frequencies.
     """
     s = _two_dimensional(s)
     q = (len(s) - 1) // 2
     power = np.abs(scipy.fft.rfft(s, axis=0)[1 : q + 1]) ** 2
-    return np.cumsum(power, axis=0) / power.sum(axis=0)
+    total = power.sum(axis=0)
+    if not (total > 0).all():
+        raise ValueError("s must have power at frequencies between 0 and pi in every channel")
+    return np.cumsum(power, axis=0) / total
 
 
 def autocorrelations(s: ArrayLike, lags: int) -> Array:
@@ -201,9 +211,15 @@ def _whitened(s: ArrayLike) -> Array:
     T, p = s.shape
     if max(MIN_LENGTH, 4 * p) > T or p < 1:
         raise ValueError(f"s must have at least {max(MIN_LENGTH, 4 * p)} rows, got shape {s.shape}")
-    s = s - s.mean(axis=0)
-    try:
-        factor = np.linalg.cholesky(s.T @ s / T)
-    except np.linalg.LinAlgError as error:
-        raise ValueError("s must have linearly independent, non-constant channels") from error
-    return np.linalg.solve(factor, s.T).T
+    centred = s - s.mean(axis=0)
+    deviation = np.sqrt((centred**2).mean(axis=0))
+    if (deviation <= CONSTANT * np.abs(s).max(axis=0)).any():
+        raise ValueError("s must have linearly independent, non-constant channels")
+    z = centred / deviation
+    try:  # of the correlations: the units of the channels have no say in their independence
+        factor = np.linalg.cholesky(z.T @ z / T)
+    except np.linalg.LinAlgError:
+        factor = np.zeros((p, p))
+    if np.diag(factor).min() <= DEPENDENT:
+        raise ValueError("s must have linearly independent, non-constant channels")
+    return np.linalg.solve(factor, z.T).T

@@ -10,8 +10,10 @@ Softmax attention over a window of w tokens, the query's own included, stores N 
 The third entry of a block, its *occupancy*, is what the paper's 2 V N numbers leave out: without it
 a zero block is a token with score 0, and the first N outputs are wrong.
 
-Rotary positions change only the identities above the diagonal: each shift turns the stored key by
-one position, so A is a block up-shift of rotations, nilpotent of the same order.
+Rotary positions put a rotation R in place of each identity above the diagonal: a shift turns the
+stored key by one position. The newest key is one position old when it is first read, so it is
+written turned once: the last block of b(u) is (R k(u), v(u), 1). A is a block up-shift of
+rotations, nilpotent of the same order.
 
 Linear attention drops the softmax, y_t = sum_{j <= t} (q_t . k_j) v_j, and has three
 realizations: a shift register as long as the text (FIR), a running sum S_t = S_{t-1} + v_t k_t^T
@@ -33,7 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from realization.sequences.systems import Array, InputVaryingSystem
+from realization.sequences.systems import Array, InputVaryingSystem, as_real
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class AttentionWeights:
 
     def __post_init__(self) -> None:
         for name in ("W_q", "W_k", "W_v", "W_o"):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype=float))
+            object.__setattr__(self, name, as_real(getattr(self, name), name))
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads; got {self.heads=}, {self.kv_heads=}")
         if self.W_q.ndim != 2 or self.W_q.shape[0] % self.heads:
@@ -289,7 +291,7 @@ def windowed_linear_attention(weights: AttentionWeights, window: int) -> InputVa
         x = (S, o_1, ..., o_N),  N = window - 1,  o_j = vec(v k^T), oldest first
         S_{t+1} = S_t + o(u_t) - o_1            the sum of the register, kept up to date
 
-    The same map as `linear_attention_fir` with ``length=window``, at one multiplication a step
+    The same map as `linear_attention_fir` with ``length=window``, at two additions a step
     instead of N; but S repeats what the register holds, so the eigenvalue 1 of A is unreachable:
     whatever error enters S (rounding, a wrong x0) stays for ever. The register alone is nilpotent.
 

@@ -25,7 +25,8 @@ Theorem 2 (what the last row depends on). Let alpha(t) be the last column of the
 
 alpha(t) is a function of u_{t-N} .. u_t. So a_i(t) is a function of the N + 1 tokens
 u_{t-N+i-1} .. u_{t+i-1}, the last i - 1 of them in the future; the row as a whole of
-u_{t-N} .. u_{t+N-1}. At order 4: u_{t-4} .. u_{t+3}. The form is causal only for N = 1.
+u_{t-N} .. u_{t+N-1}. At order 4: u_{t-4} .. u_{t+3}. The form is causal for N = 1; for N > 1 in
+general it is not (A_t = g_t F with constant B is an exception).
 
 Proof. Let g(s, r) be the response of zeta_s to v_r: 0 for s < r + N, I for s = r + N. The equation
 of the flat output is D g = I with D[t, t+N] = I, D[t, t+i-1] = -a_i(t). Up to a shift by N both D
@@ -44,7 +45,8 @@ No scaling helps. T_{t+1} B_t = [0; .. beta_t] instead of [0; .. I] gives the ro
 beta_t a_i(t) beta_{t+i-1-N}^{-1}: if beta_t is causal, the future in a_N(t), N > 1, stays.
 
 Companion shape alone says nothing. Without the demand on B, any invertible A_t goes to any constant
-companion F by T_t = T_0 F^t Phi(t, 0)^{-1}, causally; T_{t+1} B_t then depends on the whole past.
+invertible companion F by T_t = F^t T_0 Phi(t, 0)^{-1}, causally; T_{t+1} B_t then depends on the
+whole past.
 
 Which forms are causal: `FORMS` lists eight with the tokens that each depends on; the formulas are
 in the functions, and `sensitivity` measures it. Only two are causal for input-varying systems:
@@ -310,11 +312,14 @@ def regular_observability(system: LinearTrajectory, t: int, N: int, tol: float) 
 
 
 def check_regular(matrix: Array, tol: float, what: str) -> None:
-    """ValueError when the smallest singular value is at most tol times the largest."""
+    """ValueError when the columns are dependent: a singular value of at most tol times the largest.
+
+    A matrix with fewer rows than columns has as many singular values missing: they are zeros.
+    """
     sigma = np.linalg.svd(matrix, compute_uv=False)
-    if sigma[-1] <= tol * sigma[0]:
-        rank = int((sigma > tol * sigma[0]).sum())
-        raise ValueError(f"the trajectory is {what} has rank {rank} of {len(sigma)} (tol={tol:g})")
+    rank, n = int((sigma > tol * sigma.max(initial=0.0)).sum()), matrix.shape[1]
+    if rank < n:
+        raise ValueError(f"the trajectory is {what} has rank {rank} of {n} (tol={tol:g})")
 
 
 def flat_rows(system: LinearTrajectory, t: int, N: int, tol: float) -> Array:
@@ -324,8 +329,16 @@ def flat_rows(system: LinearTrajectory, t: int, N: int, tol: float) -> Array:
 
 
 def companion_column(system: LinearTrajectory, t: int, tol: float = 1e-13) -> Array:
-    """alpha(t), (n, m), with R_{t+1} alpha(t) = Phi(t+1, t-N+1) B_{t-N}: of u_{t-N} .. u_t."""
+    """alpha(t), (n, m), with R_{t+1} alpha(t) = Phi(t+1, t-N+1) B_{t-N}: of u_{t-N} .. u_t.
+
+    Raises
+    ------
+    ValueError
+        If reachability is lost, or t is not in N .. l-1.
+    """
     N = order(system.n, system.m, "m")
+    if not N <= t < len(system):
+        raise ValueError(f"t must be in {N} .. {len(system) - 1}; got {t}")
     R = regular_reachability(system, t + 1, N, tol)
     return np.linalg.solve(R, system.transition(t + 1, t - N + 1) @ system.B[t - N])
 

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from realization.sequences.attention import up_shift
-from realization.sequences.canonical import check_regular, controller_form
+from realization.sequences.canonical import check_regular, controller_form, order
 from realization.sequences.selective import SelectiveWeights, channel_trajectory
 from realization.sequences.systems import Array, InputVaryingSystem, Run, as_sequence, run_steps
 from realization.sequences.trajectory import LinearTrajectory, time_invariant
@@ -80,7 +80,7 @@ def window_form(
     Raises
     ------
     ValueError
-        If observability in N steps is lost: says at which time. If l <= N.
+        If observability in N steps is lost, always so if p N < n: says at which time. If l <= N.
     """
     N = -(-system.n // system.p) if blocks is None else blocks
     if not 1 <= N < len(system):
@@ -176,9 +176,9 @@ def frozen_form(system: LinearTrajectory) -> LinearTrajectory:
     Raises
     ------
     ValueError
-        If some frozen pair (A_t, B_t) is not reachable.
+        If some frozen pair (A_t, B_t) is not reachable, or n is no multiple of m.
     """
-    N = system.n // system.m
+    N = order(system.n, system.m, "m")
     frozen = []
     for t in range(len(system)):
         now = (system.A[t], system.B[t], system.C[t], system.D[t])

@@ -173,7 +173,7 @@ class Wrapped:
 def run_steps(step: Callable, n: int, u: ArrayLike, x0: ArrayLike | None) -> Run:
     """Iterate ``step`` over the rows of u, from x0; see `InputVaryingSystem.run`."""
     u = as_sequence(u)
-    x = np.zeros(n) if x0 is None else np.asarray(x0, dtype=float)
+    x = np.zeros(n) if x0 is None else as_real(x0, "x0")
     if x.shape != (n,):
         raise ValueError(f"x0 must have shape ({n},), the state size; got {x.shape}")
     states, outputs = [x], []
@@ -184,9 +184,17 @@ def run_steps(step: Callable, n: int, u: ArrayLike, x0: ArrayLike | None) -> Run
     return Run(np.array(outputs), np.array(states))
 
 
+def as_real(value: ArrayLike, name: str) -> Array:
+    """``value`` as a float64 array; ValueError for complex numbers, whose half would be lost."""
+    value = np.asarray(value)
+    if np.iscomplexobj(value):
+        raise ValueError(f"{name} must be real, got complex numbers")
+    return np.asarray(value, dtype=float)
+
+
 def as_sequence(u: ArrayLike, name: str = "u", width: int | None = None) -> Array:
     """``u`` as a finite float64 (l, d) array, l >= 1; ValueError otherwise."""
-    u = np.asarray(u, dtype=float)
+    u = as_real(u, name)
     if u.ndim != 2 or u.shape[0] == 0:
         raise ValueError(f"{name} must have shape (l, d) with l >= 1; got {u.shape}")
     if width is not None and u.shape[1] != width:
@@ -272,7 +280,7 @@ def observability_matrix(
     u = as_sequence(u)
     if not (steps >= 1 and t >= 0 and t + steps <= len(u)):
         raise ValueError(f"need steps >= 1 and 0 <= t <= {len(u)} - steps; got {steps=}, {t=}")
-    x = system.run(u).x if x is None else np.asarray(x, dtype=float)
+    x = system.run(u).x if x is None else as_real(x, "x")
     rows, product = [], np.eye(system.n)
     for s in range(t, t + steps):
         rows.append(system.C(u[s], x[s]) @ product)

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from realization.sequences.systems import Array, Run, as_sequence
+from realization.sequences.systems import Array, Run, as_real, as_sequence
+from realization.systems import positive_integer
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LinearTrajectory:
 
     def __post_init__(self) -> None:
         for name in "ABCD":
-            value = np.asarray(getattr(self, name), dtype=float)
+            value = as_real(getattr(self, name), name)
             if value.ndim != 3 or not value.shape[0]:
                 raise ValueError(
                     f"{name} must have shape (l, rows, columns), l >= 1: {value.shape}"
@@ -77,7 +78,7 @@ class LinearTrajectory:
         v = as_sequence(v, "v", self.m)
         if len(v) != len(self):
             raise ValueError(f"v must have {len(self)} rows, as the trajectory; got {len(v)}")
-        x = np.zeros(self.n) if x0 is None else np.asarray(x0, dtype=float)
+        x = np.zeros(self.n) if x0 is None else as_real(x0, "x0")
         if x.shape != (self.n,):
             raise ValueError(f"x0 must have shape ({self.n},); got {x.shape}")
         states, outputs = [x], []
@@ -88,22 +89,27 @@ class LinearTrajectory:
         return Run(np.array(outputs), np.array(states))
 
     def transition(self, s: int, t: int) -> Array:
-        """Phi(s, t), s >= t, (n, n)."""
+        """Phi(s, t), 0 <= t <= s <= l, (n, n); ValueError for other times."""
+        self._require_times(t, s)
         product = np.eye(self.n)
         for A in self.A[t:s]:
             product = A @ product
         return product
 
     def reachability(self, t: int, steps: int) -> Array:
-        """R_t over ``steps`` past steps, (n, m steps); needs t >= steps."""
+        """R_t over ``steps`` past steps, (n, m steps); ValueError unless 1 <= steps <= t <= l."""
+        self._require_times(t - positive_integer("steps", steps), t)
         return np.hstack([self.transition(t, s + 1) @ self.B[s] for s in backwards(t, steps)])
 
     def observability(self, t: int, steps: int) -> Array:
-        """O_t over ``steps`` future steps, (p steps, n); needs t + steps <= l."""
+        """O_t over ``steps`` >= 1 future steps, (p steps, n); ValueError unless t + steps <= l."""
+        self._require_times(t, t + positive_integer("steps", steps))
         return np.vstack([self.C[s] @ self.transition(s, t) for s in range(t, t + steps)])
 
     def impulse_response(self, t: int, s: int) -> Array:
-        """h(t, s): what v_s contributes to y_t, (p, m)."""
+        """h(t, s): what v_s contributes to y_t, (p, m); ValueError for times outside 0 .. l-1."""
+        for time in (t, s):
+            self._require_times(time, time + 1)
         if s > t:
             return np.zeros((self.p, self.m))
         return self.D[t] if s == t else self.C[t] @ self.transition(t, s + 1) @ self.B[s]
@@ -114,7 +120,8 @@ class LinearTrajectory:
         return np.block([[self.impulse_response(t, s) for s in times] for t in times])
 
     def window(self, start: int, stop: int) -> LinearTrajectory:
-        """The steps start .. stop - 1."""
+        """The steps start .. stop - 1; ValueError unless 0 <= start < stop <= l."""
+        self._require_times(start, stop)
         return LinearTrajectory(*(value[start:stop] for value in (self.A, self.B, self.C, self.D)))
 
     def change_basis(self, T: Array) -> LinearTrajectory:
@@ -154,6 +161,13 @@ class LinearTrajectory:
         steps = (back, -back @ self.B, self.C @ back, self.D - self.C @ back @ self.B)
         return LinearTrajectory(*(value[::-1] for value in steps))
 
+    def _require_times(self, first: int, last: int) -> None:
+        """ValueError unless 0 <= first <= last <= l: a negative time would count from the end."""
+        if not 0 <= first <= last <= len(self):
+            raise ValueError(
+                f"times must lie in 0 .. {len(self)}, the earlier first; got {first} .. {last}"
+            )
+
 
 def backwards(t: int, steps: int) -> range:
     """t-1, t-2, .., t-steps."""
@@ -164,6 +178,4 @@ def time_invariant(
     A: ArrayLike, B: ArrayLike, C: ArrayLike, D: ArrayLike, l: int
 ) -> LinearTrajectory:
     """The same A (n, n), B (n, m), C (p, n), D (p, m) at each of l steps."""
-    return LinearTrajectory(
-        *(np.repeat(np.asarray(v, float)[None], l, axis=0) for v in (A, B, C, D))
-    )
+    return LinearTrajectory(*(np.repeat(np.asarray(v)[None], l, axis=0) for v in (A, B, C, D)))

@@ -253,3 +253,13 @@ def test_python_control_loses_what_this_form_keeps():
     # Their convention: coefficients in the first row, highest power first.
     assert np.allclose(theirs.A[0], ours.A[-1][::-1], atol=1e-9)
     assert np.allclose(theirs.C[0], ours.C[0][::-1], atol=1e-9)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-11, 1e-12, 1e12])
+def test_controllable_and_observable_form_in_any_units_of_inputs_and_outputs(unit):
+    sys = StateSpace([[0.5, 0.1], [0, 0.3]], [[1, 0], [0, unit]], [[1.0, 1]])
+    expected = StateSpace([[0.5, 0.1 * unit], [0, 0.3]], np.eye(2), [[1.0, unit]])
+    found, T = quietly(controllable_form, sys)
+    assert found.allclose(expected, atol=1e-10 * unit)
+    assert pytest.approx(np.diag([1, 1 / unit])) == T
+    assert quietly(observable_form, sys.dual())[0].allclose(expected.dual(), atol=1e-10 * unit)

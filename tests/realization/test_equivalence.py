@@ -19,12 +19,13 @@ from realization import (
     StateSpace,
     controllable_form,
     minimal,
+    modal_form,
     parallel,
     series,
     similarity,
     staircase_form,
 )
-from realization.decoupling import _decouple_by_schur, decouple
+from realization.decoupling import IllConditionedWarning, _decouple_by_schur, decouple
 
 
 def redundant_system(seed, n, unreachable, unobservable, m, p, condition):
@@ -228,3 +229,67 @@ def test_similarity_names_what_is_wrong():
     ]:
         with pytest.raises(ValueError, match=word):
             call()
+
+
+# --- units of the states --------------------------------------------------------------------------
+
+
+def in_units(sys, d):
+    """The system with its states measured in units d, powers of 2: no entry is rounded."""
+    d = np.asarray(d, dtype=float)
+    return StateSpace(sys.A * d[:, None] / d, sys.B * d[:, None], sys.C / d, sys.D)
+
+
+units_of_states = st.lists(st.integers(-40, 40), min_size=8, max_size=8)
+
+
+@settings(max_examples=60)
+@given(systems(max_order=8, condition=100.0), units_of_states)
+def test_units_of_the_states_change_neither_order_nor_modes(sys, exponents):
+    d = 2.0 ** np.array(exponents[: sys.n])
+    other = in_units(sys, d)
+    assert minimal(other).n == minimal(sys).n == sys.n
+    assert relative_error(similarity(sys, other) / d[:, None], np.eye(sys.n)) < 1e-6
+    modes, _ = modal_form(other)
+    assert relative_error(np.sort(modes.poles), np.sort(sys.poles)) < 1e-9
+    assert relative_error(modes.markov(20), sys.markov(20)) < 1e-8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_minimal_drops_the_same_states_in_any_units(seed):
+    rng = np.random.default_rng(seed)
+    B, C = rng.standard_normal((8, 2)), rng.standard_normal((2, 8))
+    B[:2], C[:, 2:3] = 0, 0  # two states that no input reaches, one that no output sees
+    sys = StateSpace(np.diag(rng.uniform(-0.95, 0.95, 8)), B, C)
+    sys = sys.transform(change_of_basis(rng, 8, 1.0))
+    reduced = minimal(in_units(sys, 2.0 ** rng.integers(-17, 18, 8)))
+    assert reduced.n == 5
+    assert relative_error(reduced.markov(20), sys.markov(20)) < 1e-12
+
+
+def test_two_modes_in_units_fourteen_digits_apart_are_both_kept():
+    sys = StateSpace(np.diag([0.5, 0.2]), [[1e7], [1e-7]], [[1e-7, 1e7]])
+    assert minimal(sys) is sys
+    with pytest.warns(IllConditionedWarning):  # T holds the units: cond(T) is about 1e14
+        form, _ = controllable_form(sys)
+    assert form.allclose(StateSpace([[0, 1], [-0.1, 0.7]], [[0], [1]], [[-0.7, 2]]))
+
+
+@pytest.mark.parametrize("noise", [1e-17, 1e-15])
+def test_rounding_errors_are_not_taken_for_states_in_small_units(noise):
+    sys = StateSpace(np.diag([0.5, 0.2]), [[1.0], [noise]], [[1.0, 1.0]])
+    assert minimal(sys).n == minimal(sys.dual()).n == 1
+
+
+def test_a_jordan_block_in_other_units_keeps_its_coupling():
+    sys = in_units(jordan_system(0.5, 2), 2.0 ** np.array([20, -20]))
+    with pytest.warns(IllConditionedWarning, match="cannot be split"):
+        form, _ = modal_form(sys)
+    assert relative_error(form.markov(20), sys.markov(20)) < 1e-12
+
+
+def test_systems_without_state_are_similar_when_their_feedthroughs_agree():
+    gain = StateSpace(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros((1, 0)), [[2.0]])
+    assert similarity(gain, gain).shape == (0, 0)
+    with pytest.raises(ValueError, match="must be equivalent"):
+        similarity(gain, StateSpace(gain.A, gain.B, gain.C, [[3.0]]))

@@ -20,6 +20,7 @@ from realization import (
     steady_state_filter,
     steady_state_gain,
 )
+from realization.gains import gain_schedule, riccati_step
 
 
 def arrays(*matrices):
@@ -412,3 +413,53 @@ def test_diffuse_start_waits_for_data_in_one_pass():
     assert np.isnan(innovations[:2502]).all() and np.isfinite(innovations[2502:]).all()
     with pytest.raises(ValueError, match="before the record ends"):
         kalman_filter(model, y[:2502], x0="diffuse")
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e5, 1e9])
+@pytest.mark.parametrize("state", [0, 1])
+def test_a_slow_state_keeps_the_gain_moving_whatever_the_units_of_the_others(state, unit):
+    A, Q = np.diag([0.5, 0.9999]), np.diag([1.0, 1e-6])
+    model = StochasticRealization(A, np.eye(2), Q, np.eye(2))
+    y, x = model.simulate(3000, 1), np.ones(2)
+    x[state] = unit
+    other = in_units(model, x, np.ones(2))
+    for run in (kalman_filter, square_root_filter):
+        assert run(other, y, x0=[0, 0]).loglik == pytest.approx(-9658.334551554646, abs=1e-8)
+
+
+def test_a_state_without_noise_settles_though_its_variance_goes_to_zero():
+    model = StochasticRealization(np.diag([0.9, 0.8]), [[1.0, 1.0]], np.diag([1.0, 0]), [[1.0]])
+    schedule, _ = gain_schedule(riccati_step, model, np.eye(2), np.ones((3000, 1), bool))
+    assert len(schedule) < 100
+
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(-8, 8), min_size=2, max_size=2), seeds)
+def test_an_estimated_first_state_does_not_depend_on_units(exponents, seed):
+    model = InnovationModel(
+        np.diag([0.9, 0.99]), [[0.3], [0.1]], [[1.0, 1.0]], [[1.0]], B=[[1.0], [1.0]]
+    )
+    u = np.random.default_rng(seed).standard_normal((300, 1))
+    y = model.simulate(300, seed, u=u, x0=[5.0, -30.0])
+    x = 10.0 ** np.array(exponents)
+    expected = kalman_filter(model, y, u, x0="estimate")
+    found = kalman_filter(model.transform(np.diag(x)), y, u, x0="estimate")
+    assert np.allclose(found.x0 / x, expected.x0, rtol=1e-8)
+    assert found.loglik == pytest.approx(expected.loglik, rel=1e-10)
+
+
+def test_a_realization_without_state_has_its_own_noise_as_innovation():
+    empty = StochasticRealization(
+        np.zeros((0, 0)), np.zeros((2, 0)), np.zeros((0, 0)), np.diag([1.0, 4])
+    )
+    K, Lambda, P = steady_state_gain(empty)
+    assert K.shape == (0, 2) and P.shape == (0, 0) and np.array_equal(Lambda, empty.R)
+    assert np.array_equal(innovation_form(empty).Lambda, empty.R)
+    y = empty.simulate(30, 0)
+    assert steady_state_filter(empty, y).loglik == pytest.approx(log_likelihood(empty, y))
+
+
+def test_the_steady_filter_names_a_singular_innovation_covariance():
+    model = InnovationModel([[0.5]], [[1.0, 0]], [[1.0], [0]], np.ones((2, 2)))
+    with pytest.raises(ValueError, match="innovation covariance must be positive definite"):
+        steady_state_filter(model, np.ones((3, 2)))

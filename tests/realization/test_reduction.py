@@ -175,3 +175,37 @@ def test_wrong_arguments_are_named():
         with pytest.raises(ValueError, match=word):
             call()
     assert stochastic_balanced_truncation(outside, 1)[0].n == 1
+
+
+@given(st.floats(-10, 10), st.floats(-10, 10))
+def test_hankel_singular_values_do_not_depend_on_the_units_of_the_states(one, two):
+    slow = StateSpace(np.diag([0.5, 0.999999]), [[1.0], [1.0]], [[1.0, 1.0]])
+    other = slow.transform(np.diag([10.0**one, 10.0**two]))
+    assert hankel_singular_values(other) == pytest.approx(hankel_singular_values(slow), rel=1e-9)
+
+
+def test_a_slow_state_in_small_units_keeps_its_hankel_singular_value():
+    sys = StateSpace(np.diag([0.5, 0.999999]), [[1e10], [1e-10]], [[1e-10, 1e10]])
+    twin = sys.transform(np.diag([1e-10, 1e10]))
+    assert hankel_singular_values(sys) == pytest.approx([500000.25, 1.33333], rel=1e-5)
+    assert hankel_singular_values(sys) == pytest.approx(hankel_singular_values(twin), rel=1e-9)
+
+
+@pytest.mark.parametrize("exponent", [0, 6, 8.5, 12])
+def test_the_relative_error_does_not_depend_on_the_units_of_the_outputs(exponent):
+    sys = StateSpace(
+        [[0.5, 0.1], [0, 0.2]], [[1.0, 0.3], [0.2, 1.0]], [[1.0, 0.2], [0.5, 0.4]], np.eye(2)
+    )
+    unit = 10.0 ** np.array([[exponent], [-exponent]])
+    other = StateSpace(sys.A, sys.B, unit * sys.C, unit * sys.D)
+    (expected, bound), (found, other_bound) = (
+        stochastic_balanced_truncation(s, 1) for s in (sys, other)
+    )
+    assert other_bound == pytest.approx(bound, rel=1e-8)
+    assert found.markov(20) / unit == pytest.approx(expected.markov(20), rel=1e-8, abs=1e-12)
+
+
+def test_a_system_without_state_is_its_own_truncation():
+    gain = StateSpace(np.zeros((0, 0)), np.zeros((0, 1)), np.zeros((1, 0)), [[2.0]])
+    reduced, bound = stochastic_balanced_truncation(gain, 0)
+    assert reduced.allclose(gain) and bound == 0

@@ -289,7 +289,7 @@ def test_scaling_the_input_keeps_the_future_in():
 
 
 def test_companion_shape_alone_says_nothing():
-    """Any invertible A_t goes causally to any constant companion; then B_t is full."""
+    """Any invertible A_t goes causally to any constant invertible companion; then B_t is full."""
     system = random_trajectory(12, 3, 1, 1, seed=7)
     F = np.array([[0.0, 1, 0], [0, 0, 1], [0.2, -0.3, 0.9]])
     T = [np.eye(3)]
@@ -384,6 +384,14 @@ def test_singular_transition_cannot_be_reversed():
     controller_form(lost)  # which does not need an inverse
 
 
+@pytest.mark.parametrize("t", [-1, 2, 12])
+def test_the_companion_column_needs_its_whole_window(t):
+    system = random_trajectory(12, 3, 1, 1, seed=18)
+    with pytest.raises(ValueError, match=f"t must be in 3 .. 11; got {t}"):
+        companion_column(system, t)
+    companion_column(system, 3), companion_column(system, 11)
+
+
 def test_reversal_twice_is_the_same_system():
     system = random_trajectory(8, 3, 1, 2, seed=16)
     again = system.reversed().reversed()
@@ -411,6 +419,18 @@ def test_kernel_is_the_response_to_impulses():
         (lambda s: s.run(np.ones((12, 1))), "v must have 2 columns"),
         (lambda s: s.run(np.ones((12, 2)), np.ones(2)), "x0 must have shape"),
         (lambda s: s.change_basis(np.ones((12, 3, 3))), "T must have shape"),
+        (lambda s: LinearTrajectory(s.A * 1j, s.B, s.C, s.D), "A must be real"),
+        (lambda s: s.run(np.ones((12, 2)) * 1j), "v must be real"),
+        (lambda s: s.run(np.ones((12, 2)), np.ones(3) * 1j), "x0 must be real"),
+        (lambda s: time_invariant(np.eye(2) * 1j, *np.ones((3, 2, 2)), l=3), "A must be real"),
+        (lambda s: s.transition(2, 5), "the earlier first; got 5 .. 2"),
+        (lambda s: s.transition(13, 5), r"times must lie in 0 .. 12.*got 5 .. 13"),
+        (lambda s: s.reachability(2, 3), "got -1 .. 2"),
+        (lambda s: s.observability(-2, 2), "got -2 .. 0"),
+        (lambda s: s.observability(11, 2), "got 11 .. 13"),
+        (lambda s: s.observability(2, 0), "steps must be a positive integer"),
+        (lambda s: s.impulse_response(-1, -3), "got -1 .. 0"),
+        (lambda s: s.window(-3, 12), "got -3 .. 12"),
         (controller_form, "multiple of m; got n=3, m=2"),
         (lambda s: observability_form(s.window(0, 3)), "too short: 3 steps, 4 needed"),
         (lambda s: dependence("companion", 2), "name must be one of"),

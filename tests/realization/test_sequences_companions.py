@@ -199,6 +199,8 @@ def test_constant_last_row_is_fading_memory():
             lambda s: window_form(LinearTrajectory(s.A, s.B, 0 * s.C, s.D)),
             "not observable in 3 steps at t=0",
         ),
+        (lambda s: window_form(s, 2), "not observable in 2 steps at t=0.* has rank 2 of 3"),
+        (lambda s: frozen_form(random_trajectory(12, 3, 2, 1, seed=6)), "multiple of m; got n=3"),
         (
             lambda s: frozen_form(LinearTrajectory(s.A, 0 * s.B, s.C, s.D)),
             "frozen at t=0 is not reachable",

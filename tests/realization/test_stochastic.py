@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.linalg
+import scipy.signal
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from random_models import block_toeplitz, random_realization, seeds
@@ -324,3 +325,84 @@ def test_predictor_deterministic_part_and_change_of_basis():
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# --- at the edge of what is a process -------------------------------------------------------------
+
+
+def process_with_zeros(zeros, poles):
+    """(A, C, G, L0) of the ARMA process with these zeros and poles, innovation variance 1."""
+    A, B, C, _ = scipy.signal.tf2ss(np.poly(zeros), np.poly(poles))
+    return covariance_parameters(InnovationModel(A, B, C, [[1.0]]))
+
+
+@pytest.mark.parametrize("multiplicity", [1, 2])
+def test_zeros_on_the_unit_circle_are_accepted_to_the_promised_accuracy(multiplicity):
+    rng = np.random.default_rng(3)
+    refused = 0
+    for _ in range(60):
+        n = max(int(rng.integers(1, 6)), multiplicity)
+        inside = rng.uniform(-0.9, 0.9, n - multiplicity)
+        process = process_with_zeros([*[1.0] * multiplicity, *inside], rng.uniform(-0.9, 0.9, n))
+        if is_positive_real(*process):
+            accuracy = (1e-13 * process[3][0, 0]) ** (1 / (2 * multiplicity))
+            assert innovations_model(*process).Lambda[0, 0] == pytest.approx(1, abs=30 * accuracy)
+        else:
+            refused += 1
+    assert refused <= 1  # half of them without the white noise of rounding errors
+
+
+@pytest.mark.parametrize("shortage", [1e-10, 1e-11, 1e-12])
+def test_covariances_just_beyond_a_process_are_still_refused(shortage):
+    assert not is_positive_real([[0.0]], [[1.0]], [[-1.0]], [[2 - shortage]])
+
+
+scalar = dict(A=[[0.5]], C=[[1.0]], G=[[0.5]], L0=[[2.0]])
+pair = dict(A=[[0.5]], C=[[1.0], [0.0]], G=[[0.5, 0.0]], L0=[[2.0, 0.3], [0.1, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: faurre_bounds(**pair), "L0 must be symmetric"),
+        (lambda: is_positive_real(**pair), "L0 must be symmetric"),
+        (lambda: positive_real_matrix(**scalar, P=np.eye(2)), r"P must have shape \(1, 1\)"),
+        (lambda: stochastic_realization(**scalar, P=np.eye(2)), r"P must have shape \(1, 1\)"),
+        (lambda: spectral_density(**scalar, omega=[np.nan]), "omega must be finite"),
+        (lambda: spectral_density(**scalar, omega=[1j]), "omega must be an array of real numbers"),
+        (
+            lambda: InnovationModel([[0.5]], [[1.0]], [[1.0]], [[1.0]]).simulate(5, 0, x0=[1, 2]),
+            r"x0 must have shape \(1,\)",
+        ),
+        (
+            lambda: InnovationModel([[0.5]], [[1.0, 0]], [[1.0], [0]], np.diag([1e6, -1e-4])),
+            "Lambda must be symmetric positive semidefinite",
+        ),
+    ],
+)
+def test_what_is_no_covariance_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_candidate_covariance_must_be_symmetric():
+    model = InnovationModel(np.diag([0.5, 0.2]), [[1.0], [1]], [[1.0, 1]], [[1.0]])
+    process = covariance_parameters(model)
+    P = faurre_bounds(*process)[0] + [[0, 0.1], [0, 0]]
+    for call in (positive_real_matrix, stochastic_realization):
+        with pytest.raises(ValueError, match="P must be symmetric"):
+            call(*process, P)
+
+
+@given(st.lists(st.floats(-8, 8), min_size=3, max_size=3), seeds)
+def test_whether_a_matrix_is_a_covariance_does_not_depend_on_units(exponents, seed):
+    x, rng = 10.0 ** np.array(exponents), np.random.default_rng(seed)
+    W = np.linalg.qr(rng.standard_normal((3, 3)))[0] * [1.0, 1.0, 0.5]
+    InnovationModel(*stateless, W @ W.T * np.outer(x, x))
+    indefinite = (W * [1, 1, -0.1]) @ W.T
+    assume(x.max() < 1e5 * x.min() and np.diag(indefinite).min() > 0)
+    with pytest.raises(ValueError, match="positive semidefinite"):
+        InnovationModel(*stateless, indefinite * np.outer(x, x))
+
+
+stateless = np.zeros((0, 0)), np.zeros((0, 3)), np.zeros((3, 0))

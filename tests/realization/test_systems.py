@@ -46,6 +46,16 @@ def test_simulate_needs_no_diagonal_form(pole):
     assert relative_error(sys.simulate(u), step_by_step(sys, u, np.zeros(5))) < 1e-11
 
 
+def test_simulate_an_unstable_mode_as_the_loop_does():
+    unseen = StateSpace(np.diag([10.0, 0.5]), [[0.0], [1.0]], [[0.0, 1.0]])
+    y = unseen.simulate(np.ones((100_000, 1)))  # powers of 10 overflow, the state stays 0
+    assert relative_error(y[60:], np.full((99_940, 1), 2.0)) < 1e-15
+    # Inputs that bring the state back at each step: integers, so the loop has no rounding errors.
+    x = np.random.default_rng(0).integers(-3, 4, size=(5001, 1)).astype(float)
+    doubling = StateSpace([[2.0]], [[1.0]], [[1.0]])
+    assert np.array_equal(doubling.simulate(x[1:] - 2 * x[:-1], x0=x[0]), x[:-1])
+
+
 def test_simulate_a_million_steps_in_a_second():
     sys = random_system(0, 8, 2, 2)
     u = np.random.default_rng(0).standard_normal((1_000_000, 2))

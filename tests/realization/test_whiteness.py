@@ -111,12 +111,35 @@ def test_autocorrelations_and_cumulative_periodogram_of_known_sequences():
         (lambda: whiteness_test(np.ones((50, 2, 2))), "2 dimensions"),
         (lambda: portmanteau_test(np.arange(50.0), lags=50), "lags must lie"),
         (lambda: portmanteau_test(np.arange(50.0), lags=3, num_fitted_lags=3), "lags must lie"),
+        (lambda: whiteness_test(np.full(100, 0.1)), "non-constant"),
+        (lambda: cumulative_periodogram(np.ones((30, 1))), "s must have power"),
         (lambda: runs_test(np.tile([1.0, 1.0, 1.0, 2.0], 20)), "around its median"),
     ],
 )
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_dependent_channels_are_refused_in_any_units(seed):
+    rng = np.random.default_rng(seed)
+    e = rng.standard_normal((200, 2))
+    dependent = (
+        np.hstack([e[:, :1], e[:, :1] * rng.uniform(0.1, 9)]),
+        np.hstack([e, e @ [[0.3], [0.7]]]),
+        np.hstack([e, np.full((200, 1), rng.uniform(0.1, 9))]),
+    )
+    for s in dependent:
+        with pytest.raises(ValueError, match="linearly independent"):
+            whiteness_test(s * 10.0 ** rng.uniform(-9, 9, s.shape[1]))
+
+
+def test_p_values_do_not_depend_on_units():
+    e = np.random.default_rng(0).standard_normal((200, 3)) @ [[1, 0.9, 0], [0, 0.1, 0.3], [0, 0, 1]]
+    expected, found = whiteness_test(e), whiteness_test(e * [1e-150, 1.0, 1e150])
+    for name in ("portmanteau", "runs", "cumulative_periodogram"):
+        assert getattr(found, name).p_value == pytest.approx(getattr(expected, name).p_value)
 
 
 def test_lags_that_mean_nothing_are_refused():
