@@ -37,7 +37,8 @@ class Rows:
     lengths
         Tokens of each row.
     scored
-        Columns whose token has a predecessor in its document: only those are predicted.
+        Columns whose token has a predecessor in its document, right before it: only those are
+        predicted.
     packed
         Whether rows are documents that shared a column range, so that n is not b.
     """
@@ -66,14 +67,17 @@ def rows_of_mask(valid: Bool[Tensor, "b l"]) -> Rows:
     b, l = valid.shape
     order = (~valid).to(torch.uint8).argsort(dim=1, stable=True)
     offset = torch.arange(b, device=valid.device)[:, None] * l
-    scored = valid & (valid.cumsum(1) > 1)
+    scored = valid & (valid.cumsum(1) > 1) & _after_token(valid)
     return Rows(order + offset, order.argsort(dim=1) + offset, valid.sum(1), scored, False)
 
 
 def rows_of_documents(starts: Bool[Tensor, "b l"], valid: Bool[Tensor, "b l"]) -> Rows:
-    """One row a document; ``starts`` marks the first token of each."""
+    """One row a document; ``starts`` marks the first column of each, which may be a pad."""
     columns = valid.flatten().nonzero().squeeze(1)
-    document = starts.flatten()[columns].cumsum(0) - 1
+    label = starts.flatten().cumsum(0)[columns]
+    first_token = torch.ones_like(label, dtype=torch.bool)
+    first_token[1:] = label[1:] != label[:-1]
+    document = first_token.cumsum(0) - 1
     lengths = document.bincount()
     first = lengths.cumsum(0) - lengths
     longest = int(lengths.max())
@@ -83,7 +87,19 @@ def rows_of_documents(starts: Bool[Tensor, "b l"], valid: Bool[Tensor, "b l"]) -
     target = columns.new_zeros(valid.numel())
     source[place], target[columns] = columns, place
     shaped = source.view(-1, longest), target.view(valid.shape)
-    return Rows(*shaped, lengths, valid & ~starts, True)
+    scored = torch.zeros_like(valid.flatten())
+    scored[columns[~first_token]] = True
+    return Rows(*shaped, lengths, scored.view(valid.shape) & _after_token(valid), True)
+
+
+def _after_token(valid: Bool[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
+    """Columns whose left neighbour is a token, too: its logits are what the loss reads.
+
+    A pad is answered behind all tokens of its row, so after a hole they would know the label.
+    """
+    after = torch.zeros_like(valid)
+    after[:, 1:] = valid[:, :-1]
+    return after
 
 
 def find_rows(
@@ -146,7 +162,7 @@ def _starts_of_positions(
     shape: tuple[int, int], position_ids: Tensor, valid: Tensor | None, read: Tensor | None
 ) -> Bool[Tensor, "b l"] | None:
     """First tokens of documents; None when every row is one document (or goes on with one)."""
-    if position_ids.ndim != 2 or position_ids.shape[1] != shape[1]:
+    if position_ids.ndim != 2 or tuple(position_ids.shape) not in (shape, (1, shape[1])):
         raise ValueError(f"position_ids must be (b, l) = {shape}, got {tuple(position_ids.shape)}")
     at = position_ids.expand(shape)
     valid = torch.ones_like(at, dtype=torch.bool) if valid is None else valid

@@ -17,6 +17,7 @@ have, keep everything.
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -72,6 +73,7 @@ class BMojoCache:
         self.position = position
         self.columns = columns
         self._shared = False
+        self._fits: BMojoConfig | None = None  # what it was last checked against
 
     def __repr__(self) -> str:
         read = None if self.position is None else self.position.tolist()
@@ -98,29 +100,46 @@ class BMojoCache:
 
     # -- what the model does with it --------------------------------------------------------------
 
-    def check(self, batch: int, sublayers: int) -> None:
-        """Whether a batch of so many rows, in a stack of so many sublayers, can go on from here.
+    def check(self, batch: int, config: BMojoConfig) -> None:
+        """Whether a batch of so many rows, in a model of that configuration, can go on from here.
 
         Raises
         ------
         ValueError
-            If not.
+            If not; names the first part that does not fit.
         """
         if self.position is None:
             return
         if self.position.shape[0] != batch:
             rows = self.position.shape[0]
             raise ValueError(f"past_key_values holds {rows} rows, the batch has {batch}")
-        if len(self.states) != sublayers:
+        if self._fits is config:
+            return
+        if len(self.states) != len(config.layer_types):
             raise ValueError(
-                f"past_key_values holds {len(self.states)} sublayers, the model has {sublayers}"
+                f"past_key_values holds {len(self.states)} sublayers, the model has "
+                f"{len(config.layer_types)}"
             )
+        held = {name: tuple(t.shape[1:]) for name, t in leaves("", self.states)}
+        needed = row_shapes(config)
+        for name in needed | held:
+            if not _alike(held.get(name), needed.get(name)):
+                raise ValueError(
+                    f"past_key_values must be of the model's configuration: {name} holds "
+                    f"{held.get(name)} a row, the model needs {needed.get(name)}"
+                )
+        self._fits = config
 
-    def advance(self, states: list[Any], columns: int, lengths: Int[Tensor, "b"] | None) -> None:
-        """Take the states after ``columns`` more columns, ``lengths`` of them tokens (or all)."""
+    def advance(
+        self, states: list[Any], columns: int, lengths: Int[Tensor, "b"] | None,
+        h: Float[Tensor, "b l d"],
+    ) -> None:  # fmt: skip
+        """Take the states after ``columns`` more columns, ``lengths`` of them tokens (or all).
+
+        ``h`` is what was read: a stack without any memory has rows, too.
+        """
         if self.position is None:
-            first = next(leaf for _, leaf in leaves("", states))
-            self.position = torch.zeros(first.shape[0], dtype=torch.long, device=first.device)
+            self.position = torch.zeros(h.shape[0], dtype=torch.long, device=h.device)
         self.position = self.position + (columns if lengths is None else lengths)
         self.columns += columns
         self.states = states
@@ -256,25 +275,59 @@ def state_bytes(
     int
         What ``BMojoCache.nbytes`` is.
     """
-    one, wide = dtype.itemsize, max(dtype.itemsize, 4)
-    score, position = 4, 8
-    e, d = config.ssm_intermediate_size, config.hidden_size
-    gp = config.num_kv_heads * config.head_dim
-    m_e = config.num_eidetic_tokens
-    m, r = config.num_fading_tokens + m_e, storing_delay(config)
-    ssm = (config.conv_kernel - 1) * e * one + e * config.state_size * wide
-    window = 2 * config.window * gp * one
-    token = 2 * gp * one + score + position
-    memory = 2 * m * gp * one + m * (1 + position + score) + (m_e + r) * token
-    outputs = outputs_needed(config) * d * one + gp * wide * needs_key_sum(config)
-    tail = max(config.key_kernel - 1, 0) * d * one
+    one = dtype.itemsize
+    size = {"score": 4, "position": 8, "valid": 1} | dict.fromkeys(WIDE, max(one, 4))
+    shapes = row_shapes(config, read)
+    held = sum(math.prod(s) * size.get(name.split(".")[-1], one) for name, s in shapes.items())
+    return batch * (size["position"] + held)
+
+
+def row_shapes(config: BMojoConfig, read: int | None = None) -> dict[str, tuple[int | None, ...]]:
+    """The table above: the shape of every part of one row's state, by its dotted name.
+
+    ``read`` is the length of what grows (full attention); None stands for any.
+    """
+    g, p, d = config.num_kv_heads, config.head_dim, config.hidden_size
+    m_e, e = config.num_eidetic_tokens, config.ssm_intermediate_size
+    m, w = config.num_fading_tokens + m_e, config.window
+    ssm = {"tail": (config.conv_kernel - 1, e), "x": (e, config.state_size)}
+
+    def pair(*shape: int | None) -> dict[str, Any]:
+        return {"k": shape, "v": shape}
+
+    def tokens(s: int) -> dict[str, Any]:
+        return pair(s, g, p) | {"score": (s,), "position": (s,)}
+
+    memory = {
+        "current": {"valid": (m,), "position": (m,), "score": (m,)},
+        "best": tokens(m_e),
+        "waiting": tokens(storing_delay(config)),
+        "outputs": (outputs_needed(config), d),
+    } | ({"key_sum": (g, p)} if needs_key_sum(config) else {})
+    tail = (max(config.key_kernel - 1, 0), d)
     sublayer = {
         "mamba": ssm,
-        "sliding_attention": window,
-        "attention": read * (2 * gp * one + 1),
-        "bmojo": ssm + window + memory + outputs + tail,
+        "sliding_attention": pair(g, w, p),
+        "attention": pair(read, g, p) | {"valid": (read,)},
+        "bmojo": {"ssm": ssm, "window": pair(g, m + w, p), "memory": memory, "tail": tail},
     }
-    return batch * (position + sum(sublayer.get(kind, 0) for kind in config.layer_types))
+    stack = {str(i): sublayer.get(kind, {}) for i, kind in enumerate(config.layer_types)}
+    return dict(_flat("", stack))
+
+
+def _flat(name: str, tree: Any) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    if isinstance(tree, tuple):
+        yield name, tree
+        return
+    for field, branch in tree.items():
+        yield from _flat(f"{name}.{field}" if name else field, branch)
+
+
+def _alike(held: tuple[int, ...] | None, needed: tuple[int | None, ...] | None) -> bool:
+    """The same sizes, where a size is asked for."""
+    if held is None or needed is None or len(held) != len(needed):
+        return False
+    return all(want is None or have == want for have, want in zip(held, needed, strict=True))
 
 
 def leaves(name: str, tree: Any) -> Iterator[tuple[str, Tensor]]:

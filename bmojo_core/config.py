@@ -29,6 +29,7 @@ import difflib
 import importlib
 import inspect
 import math
+import numbers
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -405,6 +406,7 @@ def _refuse_unknown(kwargs: dict[str, Any]) -> None:
 def _check(c: BMojoConfig) -> None:
     positive = ("vocab_size", "hidden_size", "num_layers", "window", "innovation_taps")
     positive += ("fading_stride", "state_size", "conv_kernel", "num_heads", "num_kv_heads")
+    positive += ("max_position_embeddings",)
     for name in positive:
         _require_int(c, name, at_least=1)
     for name in ("num_fading_tokens", "num_eidetic_tokens", "num_experts", "key_kernel"):
@@ -426,7 +428,8 @@ def _check(c: BMojoConfig) -> None:
 
     _require_choice(c, "hidden_act", tuple(sorted(ACT2FN)))
     types = ("bmojo",) if c.layer_types is None else c.layer_types
-    if isinstance(types, str) or not types or set(types) - set(SUBLAYERS):
+    listed = isinstance(types, (list, tuple)) and len(types) > 0
+    if not (listed and all(t in SUBLAYERS for t in types)):
         raise ValueError(f"layer_types must be a list of entries of {SUBLAYERS}, got {types!r}")
     if c.head_dim is None and c.hidden_size % c.num_heads:
         raise ValueError(
@@ -435,12 +438,14 @@ def _check(c: BMojoConfig) -> None:
         )
     if c.num_heads % c.num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads {c.num_heads}, got {c.num_kv_heads}")
-    if not c.expand * c.hidden_size >= 1:
-        raise ValueError(f"expand must be at least 1 / hidden_size, got {c.expand}")
+    if not (_is_finite(c.expand) and c.expand * c.hidden_size >= 1):
+        raise ValueError(f"expand must be finite and at least 1 / hidden_size, got {c.expand!r}")
     for name in ("norm_eps", "ssm_norm_eps", "initializer_range"):
         value = getattr(c, name)
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+        if value is not None and not (_is_finite(value) and value > 0):
+            raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    if not isinstance(c.rope_parameters, dict | None):
+        raise ValueError(f"rope_parameters must be a dictionary or None, got {c.rope_parameters!r}")
 
 
 def _check_derived(c: BMojoConfig) -> None:
@@ -459,6 +464,11 @@ def _check_derived(c: BMojoConfig) -> None:
         )
     if c.position == "rope" and c.head_dim % 2:
         raise ValueError(f"head_dim must be even for position='rope', got {c.head_dim}")
+
+
+def _is_finite(value: object) -> bool:
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return real and math.isfinite(value)
 
 
 def _require_int(c: BMojoConfig, name: str, at_least: int) -> None:

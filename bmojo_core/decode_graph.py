@@ -26,6 +26,7 @@ from bmojo_core.cache import BMojoCache, leaves
 from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.bmojo import BMojoState
 from bmojo_core.layers.eidetic import EMPTY, chunk_length
+from bmojo_core.layers.rotary import check_length
 from bmojo_core.layers.rows import Known, known
 from bmojo_core.modeling import BMojoForCausalLM
 
@@ -79,7 +80,15 @@ class DecodeGraph:
         }
 
     def __call__(self, token: Int[Tensor, "b 1"]) -> Float[Tensor, "b v"]:
-        """Logits of the next token; overwritten by the next call."""
+        """Logits of the next token; overwritten by the next call.
+
+        Raises
+        ------
+        ValueError
+            For a text longer than "dynamic" rotary positions reach.
+        """
+        if self.model.model.longest_text is not None:
+            check_length(self.model.model.longest_text, None, max(self.read) + 1)
         self.token.copy_(token)
         graph, logits = self.graphs[chunk_begins(self.model.config, self.read)]
         graph.replay()

@@ -29,7 +29,7 @@ from bmojo_core.layers.attention import Attention
 from bmojo_core.layers.bmojo import BMojo, MemoryAttention
 from bmojo_core.layers.feedforward import GatedMLP, MixtureOfExperts
 from bmojo_core.layers.mamba import Mamba
-from bmojo_core.layers.rotary import Rotary
+from bmojo_core.layers.rotary import Rotary, check_length, longest_text
 from bmojo_core.ops.rms_norm import rms_norm
 
 
@@ -120,6 +120,7 @@ class BMojoModel(BMojoPreTrainedModel):
             for kind in config.layer_types
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.longest_text = longest_text(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -142,8 +143,9 @@ class BMojoModel(BMojoPreTrainedModel):
         position_ids: Int[Tensor, "#b l"] | None = None,
         cu_seqlens: Int[Tensor, "n"] | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BMojoModelOutput:
+    ) -> BMojoModelOutput | tuple:
         """Hidden states after the final norm.
 
         Parameters
@@ -164,7 +166,10 @@ class BMojoModel(BMojoPreTrainedModel):
         cu_seqlens
             Boundaries (n + 1,) of the documents in a batch of one row, instead of position_ids.
         output_hidden_states
-            Whether to return the stream before every sublayer and after the final norm.
+            Whether to return the stream before every sublayer and after the final norm; defaults
+            to the configuration's.
+        return_dict
+            False for a plain tuple of what there is; defaults to the configuration's.
 
         Raises
         ------
@@ -176,7 +181,7 @@ class BMojoModel(BMojoPreTrainedModel):
         h = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
         batches.check_scores(memory_scores, h.shape[:2])
         cache = past_key_values if past_key_values is not None else BMojoCache()
-        cache.check(h.shape[0], len(self.layers))
+        cache.check(h.shape[0], self.config)
         rows = batches.find_rows(
             tuple(h.shape[:2]), attention_mask, position_ids, cu_seqlens, cache.position
         )
@@ -185,23 +190,29 @@ class BMojoModel(BMojoPreTrainedModel):
             raise ValueError("packed documents have no common state: use_cache must be False")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not packed
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         columns, lengths = h.shape[1], None
         if rows is not None:
             h, lengths = rows.pack(h), rows.lengths
             memory_scores = None if memory_scores is None else rows.pack(memory_scores)
+        if self.longest_text is not None:
+            new = columns if lengths is None else lengths
+            check_length(self.longest_text, cache.position, new)
         h, states, seen = self._run(h, cache, lengths, use_cache, memory_scores)
         h = rms_norm(h, self.norm)
         if not self.training:
             batches.check_output(h, self.named_parameters())
         if use_cache:
-            cache.advance(states, columns, lengths)
+            cache.advance(states, columns, lengths, h)
         back = (lambda x: x) if rows is None else rows.unpack
-        return BMojoModelOutput(
+        out = BMojoModelOutput(
             last_hidden_state=back(h),
             past_key_values=cache if use_cache else None,
             hidden_states=tuple(back(x) for x in (*seen, h)) if output_hidden_states else None,
             scored=None if rows is None else rows.scored,
         )
+        return out if _as_dict(self.config, return_dict) else out.to_tuple()
 
     def _run(self, h, cache, lengths, use_cache, memory_scores):
         """Through the stack: (stream, new states, stream before every sublayer)."""
@@ -218,6 +229,10 @@ class BMojoModel(BMojoPreTrainedModel):
                 h, new = layer(*arguments)
             new_states.append(new)
         return h, new_states, seen
+
+
+def _as_dict(config: BMojoConfig, asked: bool | None) -> bool:
+    return config.return_dict if asked is None else asked
 
 
 class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
@@ -243,7 +258,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         self,
         input_ids: Int[Tensor, "b l"] | None = None,
         attention_mask: Tensor | None = None,
-        labels: Int[Tensor, "b l"] | None = None,
+        labels: Int[Tensor, "b kept"] | None = None,
         past_key_values: BMojoCache | None = None,
         inputs_embeds: Float[Tensor, "b l d"] | None = None,
         use_cache: bool | None = None,
@@ -252,16 +267,17 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         position_ids: Int[Tensor, "#b l"] | None = None,
         cu_seqlens: Int[Tensor, "n"] | None = None,
         output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BMojoOutput:
+    ) -> BMojoOutput | tuple:
         """Logits, and the loss when ``labels`` are given.
 
         Parameters
         ----------
         labels
-            The token of each column, -100 where not scored; the model shifts them, so that column
-            t is predicted from columns before it (transformers' convention).  The first token of
-            a document and pads are never scored.
+            The token of each column that is kept, -100 where not scored; the model shifts them, so
+            that column t is predicted from columns before it (transformers' convention).  The first
+            token of a document, of the kept columns, and pads are never scored.
         logits_to_keep
             Compute logits of the last so many columns only; 0 for all.
 
@@ -269,7 +285,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         """
         out = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, memory_scores,
-            position_ids, cu_seqlens, output_hidden_states,
+            position_ids, cu_seqlens, output_hidden_states, return_dict=True,
         )  # fmt: skip
         h = out.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -278,14 +294,15 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         if labels is not None:
             batches.check_labels(self.config, labels, logits.shape[:2])
             if out.scored is not None:
-                labels = labels.masked_fill(~out.scored, batches.IGNORED)
+                labels = labels.masked_fill(~out.scored[:, keep], batches.IGNORED)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return BMojoOutput(
+        said = BMojoOutput(
             loss=loss,
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
         )
+        return said if _as_dict(self.config, return_dict) else said.to_tuple()
 
     # -- generate() -----------------------------------------------------------------------------
 

@@ -6,9 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bmojo_core.batches import IGNORED
 from bmojo_core.modeling import BMojoForCausalLM
-
-UNSCORED = -100
 
 
 @torch.no_grad()
@@ -37,7 +36,7 @@ def accuracy_per_example(
     ValueError
         When an example has no scored column.
     """
-    asked = labels != UNSCORED
+    asked = labels != IGNORED
     if not bool(asked.any(1).all()):
         raise ValueError("labels must score at least one column of every example")
     right = (answers(model, input_ids, batch_size) == labels) & asked

@@ -18,10 +18,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bmojo_core.batches import IGNORED
 from bmojo_core.modeling import BMojoForCausalLM
 from bmojo_core.tasks import fuzzy_recall, induction_heads, mqar, noisy_recall, selective_copying
 
-UNSCORED = -100
 HELD_OUT_SEED = 10_000
 TASKS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "selective_copying": selective_copying,
@@ -177,12 +177,12 @@ def task_pool(
 
 def compact(ids: Tensor, labels: Tensor, useful: Tensor) -> Examples:
     """Examples in int16, their scored columns in order; rows with fewer have unscored places."""
-    rows, columns = (labels != UNSCORED).nonzero(as_tuple=True)
+    rows, columns = (labels != IGNORED).nonzero(as_tuple=True)
     count = torch.bincount(rows, minlength=len(ids))
     place = torch.arange(len(rows)) - (count.cumsum(0) - count)[rows]
     shape = (len(ids), int(count.max()))
     positions = torch.zeros(shape, dtype=torch.int16)
-    targets = torch.full(shape, UNSCORED, dtype=torch.int16)
+    targets = torch.full(shape, IGNORED, dtype=torch.int16)
     positions[rows, place] = columns.to(torch.int16)
     targets[rows, place] = labels[rows, columns].to(torch.int16)
     return Examples(ids.to(torch.int16), positions, targets, useful)
@@ -206,6 +206,6 @@ def _accuracy(model: torch.nn.Module, examples: Examples, tokens: int) -> float:
     parts = (x.split(batch) for x in (examples.ids, examples.positions, examples.targets))
     for ids, positions, targets in zip(*parts, strict=True):
         said = answers(model, ids, positions, examples.useful.expand(len(ids), -1)).argmax(-1)
-        asked = targets != UNSCORED
+        asked = targets != IGNORED
         right += float((((said == targets) & asked).sum(1) / asked.sum(1).double()).sum())
     return right / len(examples.ids)

@@ -42,7 +42,9 @@ class LayerTrace:
     position, valid
         Positions held in eidetic memory during each chunk (b, n, m_e), and which places are filled.
     mass
-        Share of each query's attention, mean over heads (b, l, 3): window, fading, eidetic.
+        Share of each query's attention, mean over heads (b, l, 3): window, fading, eidetic.  Behind
+        a memory gate it is the share that reaches the output: a closed one leaves all to the
+        window.
     eidetic_mass
         The same share for each eidetic token (b, l, m_e): column j of a query in chunk n belongs to
         ``position[:, n, j]``.
@@ -165,7 +167,11 @@ def _shares(seen: Watched, fading: int) -> tuple[Float[Tensor, "b l 3"], Float[T
 
 
 def _weights(seen: Watched, start: int, stop: int) -> Float[Tensor, "b q keys"]:
-    """Attention of the queries of one chunk, mean over heads: window first, then memory."""
+    """Attention of the queries of one chunk, mean over heads: window first, then memory.
+
+    Behind gates g, head by head, the weights with which values reach the output:
+    g softmax(all) + (1 - g) softmax(window).
+    """
     h, g = seen.q.shape[2], seen.k.shape[2]
     first = max(0, start - seen.window + 1)
     q = seen.q[:, start:stop].float() * seen.q.shape[-1] ** -0.5
@@ -184,4 +190,10 @@ def _weights(seen: Watched, start: int, stop: int) -> Float[Tensor, "b q keys"]:
         ],
         -1,
     )
-    return logits.softmax(-1).mean(1)
+    joint = logits.softmax(-1)
+    if seen.gate is None:
+        return joint.mean(1)
+    alone = logits[..., : key.shape[0]].softmax(-1)
+    alone = F.pad(alone, (0, memory.shape[1]))
+    gate = seen.gate.float()[:, None, None]
+    return (gate * joint + (1 - gate) * alone).mean(1)

@@ -138,7 +138,7 @@ class Attention(nn.Module):
         if state is None:
             heads = memory_attention(q, k, v, window=w, chunk=None)
         elif q.shape[1] == 1 and lengths is None:
-            state = writable(state, keep_state, k)
+            state = writable(state, keep_state, q, k, v)
             write_step(state, k, v, w, start)
             return attend_step(q, state, w, start), state if keep_state else None
         else:

@@ -62,7 +62,6 @@ from bmojo_core.layers.rows import (
 from bmojo_core.layers.selection import (
     Observed,
     also_minimise,
-    asks_for,
     predictor_loss,
     received_attention,
     score_tokens,
@@ -89,6 +88,7 @@ class Watched(NamedTuple):
     memory: Memory
     window: int
     chunk: int
+    gate: Float[Tensor, "h"] | None  # what memory changes, head by head; None: all of it
 
 
 class BMojo(nn.Module):
@@ -159,10 +159,9 @@ class MemoryAttention(nn.Module):
             self.memory_v_proj = nn.Linear(d, groups, bias=bias)
         if config.key_kernel:
             self.key_conv = nn.Parameter(torch.zeros(d, config.key_kernel))
-        self.asks = {f: config.num_eidetic_tokens > 0 and asks_for(config.selection, f)
-                     for f in ("predictor", "window_mass")}  # fmt: skip
-        if self.asks["predictor"]:
-            self.predictor = nn.Parameter(torch.zeros(d, config.innovation_taps))
+        learned = eidetic.needs(config, "predictor")
+        weights = nn.Parameter(torch.zeros(d, config.innovation_taps)) if learned else None
+        self.register_parameter("predictor", weights)
         self.gated = config.memory_gates and self.has_memory
         if self.gated:
             self.memory_gate = nn.Parameter(torch.zeros(config.num_heads))
@@ -175,7 +174,7 @@ class MemoryAttention(nn.Module):
             identity = torch.zeros(self.key_conv.shape)
             identity[:, -1] = 1.0
             init.copy_(self.key_conv, identity)
-        if self.asks["predictor"]:
+        if self.predictor is not None:
             init.constant_(self.predictor, 1 / self.settings.innovation_taps)
 
     def forward(
@@ -189,15 +188,17 @@ class MemoryAttention(nn.Module):
         oracle: Float[Tensor, "b l"] | None,
     ) -> tuple[Float[Tensor, "b l d"], tuple[Register, EideticState, Tensor] | None]:
         """Output and, if ``keep_state``, (register, memory, tail of the key convolution)."""
-        if state is None:  # a rule may be exchanged; a state goes on by what it was made by
-            self.settings = eidetic.Settings.of(self.config)
+        if state is None:
+            self._read_settings()
+        else:
+            eidetic.check_goes_on(self.settings, state.memory)
         at = positions(start, u)
         content, tail = self._content(u, state, lengths, keep_state)
         q, k, v = self.projections.all(u, content, at)
         window = state.window if state else None
         carried = state.memory if state else eidetic.nothing_before(self.settings, k)
         mass = None
-        if self.asks["window_mass"]:
+        if eidetic.needs(self.settings, "window_mass"):
             earlier, mass = self._received(q, k, window, start, lengths)
             if carried.waiting is not None:
                 carried = carried._replace(waiting=eidetic.add_to_waiting(carried.waiting, earlier))
@@ -212,7 +213,7 @@ class MemoryAttention(nn.Module):
             q, k, v, y, stream, carried, window, start, lengths, keep_state
         )
         out = self.projections.output(heads)
-        if self.asks["predictor"] and torch.is_grad_enabled():
+        if seen.predictor is not None and torch.is_grad_enabled():
             here = None if lengths is None else is_valid(lengths, at.shape[1])
             out = also_minimise(out, predictor_loss(seen, here))
         if not keep_state:
@@ -223,6 +224,17 @@ class MemoryAttention(nn.Module):
             _add_keys(carried.key_sum, seen.keys, lengths),
         )  # fmt: skip
         return out, (window, memory, tail)
+
+    def _read_settings(self) -> None:
+        """As a text begins: the rule of a trained model may be exchanged, and from then on it
+        holds for all texts, those begun under another one included."""
+        settings = eidetic.Settings.of(self.config)
+        if eidetic.needs(settings, "predictor") and self.predictor is None:
+            raise ValueError(
+                f"selection {settings.selection!r} needs weights that this model was made without: "
+                "it must be the configuration's when the model is built"
+            )
+        self.settings = settings
 
     # -- what enters memory ---------------------------------------------------------------------
 
@@ -239,7 +251,7 @@ class MemoryAttention(nn.Module):
         past = past[:, past.shape[1] - c.innovation_taps :]
         seen = Observed(
             scored, past, k, carried.key_sum, at, oracle, c.innovation_taps, c.selection_seed,
-            self.predictor if self.asks["predictor"] else None, window_mass,
+            self.predictor if eidetic.needs(c, "predictor") else None, window_mass,
         )  # fmt: skip
         if c.num_eidetic_tokens == 0:
             return Tokens(k, v, at.float(), at), seen
@@ -331,7 +343,8 @@ class MemoryAttention(nn.Module):
         fading = self.first_fading(y, chunks, details) if m_f or not m_e else None
         memory, after = self.memories(fading, recalled, chunks)
         for watcher in self.watchers:
-            watcher(Watched(q, k, stream.score, memory, c.window, length))
+            gate = self.memory_gate if self.gated else None
+            watcher(Watched(q, k, stream.score, memory, c.window, length, gate))
         heads = self._attend(q, k, v, memory, length)
         if not keep_state:
             return heads, None, None, None
@@ -371,8 +384,8 @@ class MemoryAttention(nn.Module):
         return heads, *_put_before(current, ring), eidetic.as_tokens(after)
 
     def _step(self, q, k, v, y, stream, carried, window, start, lengths, keep_state):
-        window = writable(window, keep_state, k, y)
-        best = writable(carried.best, keep_state, k)
+        window = writable(window, keep_state, q, k, v, y)
+        best = writable(carried.best, keep_state, q, k, v, y)
         write_step(window, k, v, self.settings.window, start)
         current = carried.current
         if self.settings.memory_update == "token":  # Algorithm 1 stores before it attends

@@ -120,9 +120,14 @@ def outputs_needed(c: BMojoConfig | Settings) -> int:
     return max(c.innovation_taps, fading if c.num_fading_tokens else 0)
 
 
+def needs(c: BMojoConfig | Settings, field: str) -> bool:
+    """Whether the selection policy looks at a field of ``Observed`` that is on demand."""
+    return c.num_eidetic_tokens > 0 and asks_for(c.selection, field)
+
+
 def needs_key_sum(c: BMojoConfig | Settings) -> bool:
     """Whether the selection policy looks at the sum of all past keys."""
-    return c.num_eidetic_tokens > 0 and asks_for(c.selection, "past_key_sum")
+    return needs(c, "past_key_sum")
 
 
 def fading_delay(c: BMojoConfig | Settings) -> int:
@@ -155,6 +160,22 @@ def nothing_before(c: BMojoConfig | Settings, like: Float[Tensor, "b l g p"]) ->
         like.new_zeros(b, outputs_needed(c), c.hidden_size),
         torch.zeros(b, g, p, dtype=wide, device=like.device) if needs_key_sum(c) else None,
     )
+
+
+def check_goes_on(c: BMojoConfig | Settings, state: EideticState) -> None:
+    """A text may go on under another rule than it began with, if it kept what that one looks at.
+
+    Raises
+    ------
+    ValueError
+        Otherwise.
+    """
+    waits = state.waiting.score.shape[1] >= storing_delay(c)
+    if not waits or (state.key_sum is None and needs_key_sum(c)):
+        raise ValueError(
+            f"selection {c.selection!r} needs what past_key_values has not kept: begun under "
+            "another rule, this text must be read again from its beginning"
+        )
 
 
 def no_tokens(like: Float[Tensor, "b l g p"], count: int) -> Tokens:

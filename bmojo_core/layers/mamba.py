@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,9 +65,19 @@ def _scalar_rates(c: BMojoConfig) -> Float[Tensor, "h"]:
     return torch.linspace(1.0, 16.0, c.ssm_intermediate_size // c.ssm_head_dim)
 
 
-FADINGS = {  # the scans by name when called, so that they can be replaced
-    "selective": Fading(lambda *a, **k: selective_scan(*a, **k), _selective_rates),
-    "scalar_decay": Fading(lambda *a, **k: scalar_scan(*a, **k), _scalar_rates),
+# The scans are looked up by name when called, so that they can be replaced; these two functions
+# have names, so that a layer can be pickled.
+def _selective(*given: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    return selective_scan(*given, **options)
+
+
+def _scalar(*given: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    return scalar_scan(*given, **options)
+
+
+FADINGS = {
+    "selective": Fading(_selective, _selective_rates),
+    "scalar_decay": Fading(_scalar, _scalar_rates),
 }
 
 
@@ -152,10 +162,10 @@ class Mamba(nn.Module):
         if lengths is not None:  # a pad must have Delta exactly 0, which softplus never gives
             delta = F.softplus(delta + bias) * is_valid(lengths, delta.shape[1])[..., None]
             bias, softplus = None, False
-        decay = self.A_log.exp()
+        decay = self.A_log.to(_scan_dtype(v)).exp()  # widened first: an error here grows with l
         A = -decay if decay.requires_grad else decay.neg_()  # in place: no second array
         return self.fading.scan(
-            v, delta, A.to(_scan_dtype(v)), B, C, self.D, z,
+            v, delta, A, B, C, self.D, z,
             delta_bias=bias, delta_softplus=softplus,
             initial_state=None if state is None else state.x, return_last_state=True,
         )  # fmt: skip

@@ -22,14 +22,39 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from bmojo_core.config import BMojoConfig
 
 
+def longest_text(config: BMojoConfig) -> int | None:
+    """Tokens of the longest text whose keys stay where they were turned to; None: any."""
+    kind = (config.rope_parameters or {}).get("rope_type")
+    changes = config.position == "rope" and kind == "dynamic"
+    return config.max_position_embeddings if changes else None
+
+
+def check_length(limit: int, read: Int[Tensor, "b"] | None, new: int | Int[Tensor, "b"]) -> None:
+    """Tokens read before and new ones, pads not counted, within the `longest_text`.
+
+    Raises
+    ------
+    ValueError
+        Otherwise.
+    """
+    end = new if read is None else read + new
+    end = int(end.max()) if isinstance(end, Tensor) else end
+    if end > limit:
+        raise ValueError(
+            f"a text must not be longer than max_position_embeddings {limit} with rope_type "
+            f"'dynamic', got {end} tokens"
+        )
+
+
 class Rotary(nn.Module):
     """Rotate heads to their positions.
 
     Raises
     ------
     ValueError
-        For a rope_type that transformers does not know, or "longrope", whose frequencies change
-        with the length of the text: a cached key could then not stay as it is.
+        For a rope_type that transformers does not know or whose parameters are not all there, or
+        "longrope", whose frequencies change with the length of the text: a cached key could then
+        not stay as it is.
     """
 
     def __init__(self, config: BMojoConfig) -> None:
@@ -40,7 +65,6 @@ class Rotary(nn.Module):
             allowed = sorted({"default", *ROPE_INIT_FUNCTIONS} - {"longrope"})
             raise ValueError(f"rope_parameters['rope_type'] must be in {allowed}, got {kind!r}")
         self.config = config
-        self.limit = config.max_position_embeddings if kind == "dynamic" else None
         frequency, self.scaling = self._frequencies(kind, parameters)
         self.register_buffer("frequency", frequency, persistent=False)
 
@@ -49,7 +73,12 @@ class Rotary(nn.Module):
             p = self.config.head_dim
             exponent = torch.arange(0, p, 2, dtype=torch.int64).float() / p
             return 1.0 / float(parameters.get("rope_theta", 10000.0)) ** exponent, 1.0
-        return ROPE_INIT_FUNCTIONS[kind](self.config, device=None)
+        try:
+            return ROPE_INIT_FUNCTIONS[kind](self.config, device=None)
+        except KeyError as missing:
+            raise ValueError(
+                f"rope_parameters must have {missing} for rope_type {kind!r}, got {parameters}"
+            ) from missing
 
     def reset_parameters(self) -> None:
         """Recompute the frequencies: they are not saved, and a meta device holds none."""
@@ -68,11 +97,6 @@ class Rotary(nn.Module):
     def forward(
         self, heads: Float[Tensor, "b *l h p"], position: Int[Tensor, "b *l"]
     ) -> Float[Tensor, "b *l h p"]:
-        if self.limit is not None and bool((position >= self.limit).any()):
-            raise ValueError(
-                f"a text must not be longer than max_position_embeddings {self.limit} with "
-                f"rope_type 'dynamic', got position {int(position.max())}"
-            )
         wide = torch.promote_types(heads.dtype, torch.float32)
         angle = position[..., None, None].to(wide) * self.frequency.to(wide)  # (b, *l, 1, p/2)
         cos, sin = angle.cos() * self.scaling, angle.sin() * self.scaling

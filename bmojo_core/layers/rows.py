@@ -13,6 +13,7 @@ Symbols: b batch, l columns, ... any trailing shape.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -93,20 +94,30 @@ class Known(NamedTuple):
     memory_full: bool  # no place of the memory in use is empty
 
 
-# A plain variable: unlike a ContextVar's, its value can be read by a step that is being traced,
-# and the traced step is used again only where the value is the same.
-_known: Known | None = None
+class _Here(threading.local):
+    """What this thread was told: another one, with rows of its own, must not believe it.
+
+    Unlike a ContextVar's, the value can be read by a step that is being traced, and the traced
+    step is used again only where the value is the same.
+    """
+
+    known: Known | None = None
+
+
+_here = _Here()
 
 
 @contextmanager
 def known(what: Known) -> Iterator[None]:
-    """Let a step on an accelerator do what its rows need and no more, as one on a CPU does."""
-    global _known
-    before, _known = _known, what
+    """Let a step on an accelerator do what its rows need and no more, as one on a CPU does.
+
+    For the steps of this thread; those of others go on asking nothing and knowing nothing.
+    """
+    before, _here.known = _here.known, what
     try:
         yield
     finally:
-        _known = before
+        _here.known = before
 
 
 def _answers(x: Tensor) -> bool:
@@ -124,18 +135,18 @@ def may_lack(valid: Bool[Tensor, "b m"]) -> bool:
     """Whether a place of the memory in use may be empty."""
     if _answers(valid):
         return not bool(valid.all())
-    return _known is None or not _known.memory_full
+    return _here.known is None or not _here.known.memory_full
 
 
 def may_begin_chunk(read: Int[Tensor, "b"], length: int) -> bool:
     """Whether the next token may be the first of a chunk in some row."""
     if _answers(read):
         return any(r % length == 0 for r in read.tolist())
-    return _known is None or _known.chunk_begins
+    return _here.known is None or _here.known.chunk_begins
 
 
 def may_lack_window(read: Int[Tensor, "b"], w: int) -> bool:
     """Whether the window of the next token may reach before the beginning of some row."""
     if _answers(read):
         return any(r < w - 1 for r in read.tolist())
-    return _known is None or not _known.window_full
+    return _here.known is None or not _here.known.window_full

@@ -241,6 +241,12 @@ def also_minimise(x: Float[Tensor, "b l d"], loss: Float[Tensor, ""]) -> Float[T
     """x unchanged; who trains through it trains the loss's own parameters as well.
 
     So no training loop has to know of the loss.  It reaches nothing but what it depends on.
+
+    The gradient is added once a reading, whatever the factor on the loss that is trained: where
+    several readings make a step (batches accumulated, chunks) it is their sum, and
+    ``training.train`` takes the mean.  Other loops get the sum, and behind a ``GradScaler``, which
+    multiplies the loss and divides every gradient by its scale, all but nothing: Adam, which does
+    not see a constant factor, still trains the predictor, plain gradient descent does not.
     """
     return _AlsoMinimise.apply(x, loss)
 

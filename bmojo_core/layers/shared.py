@@ -22,10 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from bmojo_core.ops._numpy import nobody_watches
+from bmojo_core.ops._numpy import nobody_listens, nobody_watches
 from bmojo_core.ops.memory_gather import add_taken, take_rows
-
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def maps(x: Float[Tensor, "*b d"], *linears: nn.Linear) -> tuple[Float[Tensor, "*b _"], ...]:
@@ -82,7 +80,7 @@ def _is_fast(x: Tensor) -> bool:
 
 def _is_matrix(linear: nn.Module) -> bool:
     plain = type(linear) is nn.Linear and linear.bias is None
-    return plain and not any(getattr(linear, hooks) for hooks in HOOKS)
+    return plain and nobody_listens(linear)
 
 
 class _Maps(torch.autograd.Function):

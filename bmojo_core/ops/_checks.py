@@ -1,7 +1,9 @@
 """Argument checks shared by the operations: every failure names the argument, what was given
 and what is allowed."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +121,23 @@ def check_backend(backend: str, allowed: tuple[str, ...], device: torch.device) 
         raise ValueError(
             f"backend {backend!r} needs tensors on {needs}; the tensors given are on {device}"
         )
+
+
+def outside_autocast(body: Callable[..., Any]) -> Callable[..., Any]:
+    """`body`, whose first argument is a tensor, with its products in the dtype it has chosen.
+
+    Autocast would round the factors of every product to half precision, also within an operation
+    that has widened them.
+    """
+
+    @wraps(body)
+    def run(first: Tensor, *rest: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return body(first, *rest)
+        with torch.autocast(first.device.type, enabled=False):
+            return body(first, *rest)
+
+    return run
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

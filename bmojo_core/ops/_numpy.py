@@ -46,6 +46,14 @@ def nobody_watches() -> bool:
     )
 
 
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def nobody_listens(module: nn.Module) -> bool:
+    """Whether no hook waits for the module to be called: its equation may then run without it."""
+    return not any(getattr(module, hooks) for hooks in HOOKS)
+
+
 def is_plain(tensor: Tensor | None, *shape: int) -> bool:
     """Whether the tensor is float32 on the CPU, of this shape, and asks for no gradient."""
     return (

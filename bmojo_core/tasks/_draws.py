@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 
-UNSCORED = -100
-
 
 def check_integers(at_least: int = 1, **sizes: object) -> None:
     """Refuse what is not an integer or too small.

@@ -30,7 +30,8 @@ from jaxtyping import Int
 from numpy.random import Generator
 from torch import Tensor
 
-from bmojo_core.tasks._draws import UNSCORED, check_integers, first_occurrence
+from bmojo_core.batches import IGNORED
+from bmojo_core.tasks._draws import check_integers, first_occurrence
 from bmojo_core.tasks.mqar import _distinct
 
 CELLS = 2_000_000  # of one block of rows: bounds the memory to some tens of megabytes
@@ -182,7 +183,7 @@ def _write(
     start[:, -1] += prefix
     wide = np.zeros((2, n, task.seq_len + 1), np.int64)
     ids, labels = wide
-    labels[:] = UNSCORED
+    labels[:] = IGNORED
     row = np.broadcast_to(np.arange(n)[:, None], here.shape)
     if prefix:
         ids[np.arange(n), start[:, -1] - 1] = task.vocab_size - 1

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bmojo_core.tasks._draws import UNSCORED, check_integers
+from bmojo_core.batches import IGNORED
+from bmojo_core.tasks._draws import check_integers
 
 
 def induction_heads(
@@ -55,6 +56,6 @@ def induction_heads(
     row = np.arange(num_examples)
     at = rng.integers(0, seq_len - 2, num_examples)
     ids[row, at] = ids[:, -1] = vocab_size - 1
-    labels = np.full_like(ids, UNSCORED)
+    labels = np.full_like(ids, IGNORED)
     labels[:, -1] = ids[row, at + 1]
     return torch.from_numpy(ids), torch.from_numpy(labels)

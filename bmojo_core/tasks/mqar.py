@@ -18,7 +18,8 @@ from jaxtyping import Int
 from numpy.random import Generator
 from torch import Tensor
 
-UNSCORED = -100
+from bmojo_core.batches import IGNORED
+from bmojo_core.tasks._draws import check_integers
 
 
 def mqar(
@@ -71,7 +72,7 @@ def mqar(
     ids[:, 0 : 2 * num_pairs : 2] = keys
     ids[:, 1 : 2 * num_pairs : 2] = values
     np.put_along_axis(ids, at, keys, axis=1)
-    labels = np.full(shape, UNSCORED, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
     np.put_along_axis(labels, at, values, axis=1)
     return torch.from_numpy(ids), torch.from_numpy(labels)
 
@@ -115,10 +116,7 @@ def _query_slots(rng: Generator, rows: int, count: int, slots: int, power: float
 
 
 def _check(num_examples, seq_len, num_pairs, vocab_size, power, filler) -> None:
-    sizes = {"num_examples": num_examples, "seq_len": seq_len, "num_pairs": num_pairs}
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+    check_integers(num_examples=num_examples, seq_len=seq_len, num_pairs=num_pairs)
     if 4 * num_pairs > seq_len:
         raise ValueError(f"seq_len must be at least 4 * num_pairs = {4 * num_pairs}, got {seq_len}")
     if vocab_size < 2 * num_pairs + 2:

@@ -25,7 +25,8 @@ from jaxtyping import Int
 from numpy.random import Generator
 from torch import Tensor
 
-from bmojo_core.tasks._draws import UNSCORED, check_integers
+from bmojo_core.batches import IGNORED
+from bmojo_core.tasks._draws import check_integers
 from bmojo_core.tasks.needle_text import (
     ADJECTIVES,
     FILLER,
@@ -225,7 +226,7 @@ def _as_tensors(
     examples: list[tuple[str, tuple[str, ...]]], seq_len: int, tokenizer: Tokenizer
 ) -> NeedleExamples:
     ids = np.zeros((len(examples), seq_len), np.int64)
-    labels = np.full_like(ids, UNSCORED)
+    labels = np.full_like(ids, IGNORED)
     lengths = np.zeros(len(examples), np.int64)
     for row, (prompt, values) in enumerate(examples):
         before, said = tokenizer.encode(prompt), tokenizer.encode(answer(values))

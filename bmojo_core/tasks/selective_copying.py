@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bmojo_core.tasks._draws import UNSCORED, check_integers
+from bmojo_core.batches import IGNORED
+from bmojo_core.tasks._draws import check_integers
 
 
 def selective_copying(
@@ -62,7 +63,7 @@ def selective_copying(
     ids = np.zeros((num_examples, seq_len), np.int64)
     np.put_along_axis(ids, _subsets(rng, num_examples, num_tokens, places), tokens, axis=1)
     ids[:, places:] = vocab_size - 1
-    labels = np.full_like(ids, UNSCORED)
+    labels = np.full_like(ids, IGNORED)
     labels[:, places:] = tokens
     return torch.from_numpy(ids), torch.from_numpy(labels)
 

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bmojo_core.batches import IGNORED
 from bmojo_core.cache import BMojoCache
 from bmojo_core.modeling import BMojoForCausalLM
 
-UNSCORED = -100
 Batch = tuple[Tensor, Tensor]  # input_ids and labels (b, c)
 Call = Callable[..., Any]  # call(f, *arguments) = f(model, *arguments)
 
@@ -67,7 +67,7 @@ def read_on(
     chunk's end needs no look at the next chunk.  ``state`` is updated in place.
     """
     out = model.model(input_ids, past_key_values=state, use_cache=True)
-    asked = labels != UNSCORED
+    asked = labels != IGNORED
     logits = model.lm_head(out.last_hidden_state[asked])
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels[asked], reduction="sum"), out.past_key_values
@@ -81,9 +81,12 @@ def truncated_backward(
     horizon: int | None = 1,
     weight: float = 1.0,
     call: Call | None = None,
+    before_first: Callable[[], None] | None = None,
     before_last: Callable[[], None] | None = None,
 ) -> float:
     """Add ``weight`` times the truncated gradient g to every ``.grad``; return the mean loss L.
+
+    A loss of the model's own (``selection.also_minimise``) is added once a chunk, without weight.
 
     Parameters
     ----------
@@ -99,6 +102,9 @@ def truncated_backward(
     call
         How to run a function of the model, ``call(f, *arguments)``; an engine that wraps the model
         gives its own (``training.engine``).
+    before_first
+        Called when the losses of the first group are known and finite, before its gradients are
+        added: where those of an earlier step are cleared.
     before_last
         Called before the last group is read: where replicas begin to add up their gradients.
 
@@ -114,7 +120,7 @@ def truncated_backward(
     if scored < 1:
         raise ValueError(f"scored must be at least 1, got {scored}: nothing to learn from")
     call = call or (lambda function, *arguments: function(model, *arguments))
-    state, total, read = None, 0.0, 0
+    state, total, read = None, None, 0
     for group, last in _groups(pieces, horizon):
         if last and before_last is not None:
             before_last()
@@ -125,8 +131,10 @@ def truncated_backward(
             if not bool(torch.isfinite(part.detach())):
                 raise FloatingPointError(f"the loss of chunk {read} is {float(part.detach())}")
             loss = loss + part
+        if total is None and before_first is not None:
+            before_first()
         (loss * (weight / scored)).backward()
-        total += float(loss.detach())
+        total = (total or 0.0) + float(loss.detach())
         del loss, part
         state = state.detach()
     if read == 0:

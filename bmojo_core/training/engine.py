@@ -28,9 +28,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from bmojo_core.batches import IGNORED
 from bmojo_core.modeling import BMojoForCausalLM
 
-UNSCORED = -100
 SHARDING = "ACCELERATE_USE_FSDP"  # set by the launcher
 
 
@@ -79,7 +79,7 @@ class Engine:
         ValueError
             When there is a rank without a scored label.
         """
-        scored = [int((labels[r :: self.world] != UNSCORED).sum()) for r in range(self.world)]
+        scored = [int((labels[r :: self.world] != IGNORED).sum()) for r in range(self.world)]
         if self.world > 1 and min(scored) == 0:
             raise ValueError(
                 f"every one of {self.world} ranks must have a scored label, got {scored} of a "

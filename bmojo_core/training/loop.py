@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from bmojo_core.batches import IGNORED
 from bmojo_core.modeling import BMojoForCausalLM
 from bmojo_core.training.bptt import chunks, truncated_backward
 from bmojo_core.training.checkpoint import (
@@ -40,7 +41,6 @@ from bmojo_core.training.optim import adamw, set_learning_rates
 from bmojo_core.training.record import provenance
 
 Batch = tuple[Int[Tensor, "b l"], Int[Tensor, "b l"]]
-UNSCORED = -100
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def scored_logits(
 ) -> tuple[Float[Tensor, "s v"], Int[Tensor, "s"]]:
     """Logits (s, v) and targets (s,) of the s scored columns, row by row."""
     hidden = model.model(input_ids, use_cache=False).last_hidden_state
-    asked = labels != UNSCORED
+    asked = labels != IGNORED
     return model.lm_head(hidden[asked]), labels[asked]
 
 
@@ -171,7 +171,7 @@ def train(
     Raises
     ------
     FloatingPointError
-        When the loss is not finite: says the step and the largest gradient of the step before.
+        When the loss is not finite: says the step and the largest gradient before it.
     ValueError
         When the folder's checkpoint is damaged or belongs to another recipe.
     OSError
@@ -228,19 +228,32 @@ def train(
 
 def _step(engine: Engine, optimizer, batch, loss, recipe: Recipe, step: int) -> float:
     """One optimiser step; the mean loss of its batches."""
-    total = 0.0
+    total, readings = 0.0, 0
     for part in range(recipe.accumulate):
         share = engine.share(*batch((step - 1) * recipe.accumulate + part + 1))
         weight, last = share.weight / recipe.accumulate, part == recipe.accumulate - 1
         zero = (lambda: optimizer.zero_grad(set_to_none=True)) if part == 0 else (lambda: None)
+        readings += -(-share.input_ids.shape[1] // recipe.chunk) if recipe.chunk else 1
         backward = _backward_by_chunks if recipe.chunk else _backward
         try:
             total += weight * backward(engine, share, weight, loss, recipe, zero, last)
         except FloatingPointError as error:
             raise FloatingPointError(_diverged(engine.model, step, str(error))) from None
+    _average_own_losses(engine.model, readings)
     torch.nn.utils.clip_grad_norm_(engine.model.parameters(), recipe.clip)
     optimizer.step()
     return engine.mean(total)
+
+
+def _average_own_losses(model: torch.nn.Module, readings: int) -> None:
+    """The learned predictor's gradient: the mean over readings of what each has added.
+
+    Its loss descends by itself, once a reading and whatever the weight of the task's loss
+    (``selection.also_minimise``); as the mean of several it is that of one batch.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(".predictor") and parameter.grad is not None:
+            parameter.grad /= readings
 
 
 def _backward(engine: Engine, share, weight: float, loss, recipe, zero, last: bool) -> float:
@@ -259,12 +272,11 @@ def _backward_by_chunks(
     engine: Engine, share, weight: float, loss, recipe, zero, last: bool
 ) -> float:
     """The same for a batch read in chunks."""
-    zero()
     engine.add_up(False)
     return truncated_backward(
         engine.model, chunks(share.input_ids, share.labels, recipe.chunk), share.scored,
         horizon=recipe.horizon, weight=weight, call=_autocast(engine, recipe),
-        before_last=lambda: engine.add_up(last),
+        before_first=zero, before_last=lambda: engine.add_up(last),
     )  # fmt: skip
 
 
@@ -289,7 +301,7 @@ def _diverged(model: torch.nn.Module, step: int, what: str) -> str:
     if not largest:
         return f"{message}, before any gradient: look at the initial weights and the first batch"
     name = max(largest, key=largest.get)
-    return f"{message}; the largest gradient of the step before is {largest[name]:.3g}, of {name}"
+    return f"{message}; the largest gradient before it is {largest[name]:.3g}, of {name}"
 
 
 def _evaluated(engine: Engine, evaluate) -> dict[str, Any]:

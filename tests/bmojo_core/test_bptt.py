@@ -167,3 +167,40 @@ def test_a_loss_that_is_not_finite_is_named():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(FloatingPointError, match="the loss of chunk 1 is nan"):
         truncated_backward(model, chunks(ids, labels, 3), scored)
+
+
+@pytest.mark.parametrize(("chunk", "horizon"), [(1, 8), (1, 1), (3, 3)])
+@pytest.mark.parametrize("update", ["chunk", "token"])
+def test_float32_has_the_gradients_of_float64(update, chunk, horizon):
+    """Loops that write a state in place must not take a token that is differentiated."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        model = peaky.model(layer_types=["bmojo"], memory_update=update).to(dtype).train()
+        ids, labels, scored = labelled(1, 19, 0)
+        truncated_backward(model, chunks(ids, labels, chunk), scored, horizon=horizon)
+        found.append(gradients(model))
+    exact, fast = found
+    for name, gradient in exact.items():
+        error = (fast[name].double() - gradient).norm() / gradient.norm().clamp_min(1e-12)
+        assert error < 1e-3, f"{name} is off by {error:.1e}"
+
+
+@pytest.mark.parametrize("layers", [["sliding_attention", "feedforward"], ["bmojo"]])
+def test_steps_where_only_queries_are_trained(layers):
+    """The ring that a step writes in place is what the step before keeps for its gradient."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        model = peaky.model(layer_types=layers, memory_chunk=64).to(dtype)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("layers.0" in name and "q_proj" in name)
+        ids = peaky.ids(1, 14)
+        with torch.no_grad():
+            state = model(ids[:, :6], use_cache=True).past_key_values
+        loss = 0.0
+        for t in range(6, 14):
+            out = model(ids[:, t : t + 1], past_key_values=state, use_cache=True)
+            loss, state = loss + out.logits.square().sum(), out.past_key_values
+        loss.backward()
+        found += gradients(model).values()
+    assert len(found) == 2
+    torch.testing.assert_close(found[1].double(), found[0], rtol=1e-3, atol=1e-5)

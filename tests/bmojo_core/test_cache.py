@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from test_model_invariants import MODELS
 
 from bmojo_core import BMojoCache, BMojoConfig, BMojoForCausalLM
-from bmojo_core.cache import state_bytes
+from bmojo_core.cache import leaves, row_shapes, state_bytes
 from bmojo_core.config import KINDS
+from bmojo_core.ops.innovation.step import insert_compiled
 
 
 @torch.no_grad()
@@ -39,6 +40,8 @@ def test_bytes_are_the_formula(changes, length, one_by_one, dtype):
     else:
         _, cache = step(model, peaky.ids(2, length), **scores)
     assert cache.nbytes == state_bytes(model.config, 2, dtype, length)
+    shapes = {name: tuple(t.shape[1:]) for name, t in leaves("", cache.states)}
+    assert shapes == row_shapes(model.config, length)
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in cache.tensors()}
     if length > 1:  # no tensor of the state keeps a longer one alive
         assert sum(held.values()) <= cache.nbytes
@@ -213,3 +216,39 @@ def test_scores_are_float32_in_a_float64_model(selection):
         cache = model(torch.arange(9)[None], use_cache=True).past_key_values
         cache = model(torch.arange(2)[None], past_key_values=cache).past_key_values
     assert cache.nbytes == state_bytes(config, 1, torch.float64)
+
+
+OTHERS = [
+    ({"num_kv_heads": 1}, r"window\.k"), ({"num_eidetic_tokens": 5}, r"window\.k"),
+    ({"window": 6}, r"window\.k"), ({"state_size": 5}, r"ssm\.x"),
+    ({"selection": "key_diversity"}, "key_sum"), ({"layer_types": ["mamba"]}, "tail"),
+    ({"layer_types": ["bmojo", "bmojo"]}, "1 sublayers, the model has 2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "named"), OTHERS)
+def test_a_state_of_another_configuration_is_refused_by_name(changes, named):
+    """The loops that write a state in place trust its shapes."""
+    sizes = {"layer_types": ["bmojo"], "num_kv_heads": 2, "window": 4}
+    _, cache = step(peaky.model(**sizes), peaky.ids(2, 9))
+    other = peaky.model(**(sizes | changes))
+    with pytest.raises(ValueError, match=named):
+        step(other, peaky.ids(2, 1), cache)
+    step(peaky.model(**sizes), peaky.ids(2, 1), cache)
+
+
+def test_a_loop_in_place_leaves_what_does_not_fit():
+    """Whoever calls it: it does not write beyond what it was given."""
+    place = torch.zeros(1, 3, dtype=torch.long)
+    best = (torch.zeros(1, 3, 1, 4), torch.zeros(1, 3, 1, 4), torch.zeros(1, 3), place)
+    k, v = torch.ones(2, 1, 1, 2, 4)
+    assert not insert_compiled(best, (k, v, torch.ones(1, 1), place[:, :1]))
+    assert insert_compiled(best, (k[:, :, :1], v[:, :, :1], torch.ones(1, 1), place[:, :1]))
+
+
+def test_a_stack_without_memory_counts_what_it_read():
+    model = peaky.model(layer_types=["feedforward"])
+    whole = step(model, peaky.ids(2, 5))[0]
+    _, cache = step(model, peaky.ids(2, 5)[:, :3])
+    assert cache.position.tolist() == [3, 3]
+    torch.testing.assert_close(step(model, peaky.ids(2, 5)[:, 3:], cache)[0], whole[:, 3:])

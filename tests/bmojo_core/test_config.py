@@ -154,6 +154,14 @@ def test_an_unknown_key_like_no_other_is_refused_too():
         ({"expand": 0}, "expand must be"),
         ({"expand": float("nan")}, "expand must be"),
         ({"norm_eps": -1.0}, "norm_eps must be positive"),
+        ({"norm_eps": "x"}, "norm_eps must be positive and finite, got 'x'"),
+        ({"initializer_range": True}, "initializer_range must be positive and finite, got True"),
+        ({"expand": "2"}, "expand must be finite .* got '2'"),
+        ({"expand": float("inf")}, "expand must be finite .* got inf"),
+        ({"layer_types": [["bmojo"]]}, "layer_types must be a list of entries of"),
+        ({"layer_types": 3}, "layer_types must be a list of entries of"),
+        ({"max_position_embeddings": "x"}, "max_position_embeddings must be an integer >= 1"),
+        ({"rope_parameters": 5}, "rope_parameters must be a dictionary or None, got 5"),
         ({"layer_types": ["moe"], "num_experts": 2}, "num_experts_per_tok must be in 1..num"),
         ({"position": "rope", "head_dim": 3}, "head_dim must be even for position='rope', got 3"),
     ],
@@ -179,4 +187,11 @@ def test_unknown_presets_and_kinds_are_refused():
 def test_rope_types_that_change_with_length_are_refused():
     config = BMojoConfig(position="rope", rope_parameters={"rope_type": "longrope"})
     with pytest.raises(ValueError, match=r"rope_type.*'longrope'"):
+        BMojoForCausalLM(config)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn", "llama3"])
+def test_rope_types_without_their_parameters_are_refused(kind):
+    config = BMojoConfig(position="rope", rope_parameters={"rope_type": kind, "rope_theta": 1e4})
+    with pytest.raises(ValueError, match=f"rope_parameters must have '.*' for rope_type '{kind}'"):
         BMojoForCausalLM(config)

@@ -1,5 +1,7 @@
 """A decode step that stays in its own tensors is the decode step; the graph itself needs a GPU."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -110,3 +112,21 @@ def test_what_the_host_can_know():
     assert chunk_begins(model.config, [8, 3]) and not chunk_begins(model.config, [9, 3])
     assert chunk_begins(made("bmojo", {"memory_update": "token"}).config, [3])
     assert not chunk_begins(made("mamba", {}).config, [8])
+
+
+def test_what_one_thread_knows_another_does_not_believe(monkeypatch):
+    """One thread makes a graph of long rows while another decodes rows that have just begun."""
+    model, ids = made("bmojo", MEMORY), torch.randint(50, (1, 24))
+
+    @torch.no_grad()
+    def decoded():
+        state = model(ids[:, :10], use_cache=True).past_key_values
+        return torch.cat(
+            [model(ids[:, t : t + 1], past_key_values=state).logits for t in range(10, 24)], 1
+        )
+
+    monkeypatch.setattr(rows, "_answers", lambda x: False)  # as on an accelerator
+    want = decoded()
+    with rows.known(rows.Known(False, True, True)), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(decoded).result(), want)
+        assert not torch.equal(decoded(), want)  # here it is believed

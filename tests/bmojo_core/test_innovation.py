@@ -71,6 +71,16 @@ def test_gradcheck(backend):
     )
 
 
+def test_second_derivatives_are_right_or_refused():
+    """float64 takes the plain equation; the shifted sums differentiate once."""
+    leaves = [x.requires_grad_() for x in random_case(2, 7, 3, 3)]
+    assert torch.autograd.gradgradcheck(lambda y, w, past: innovation(y, 3, w, past), leaves)
+    y = leaves[0].detach().float().requires_grad_()
+    (first,) = torch.autograd.grad(innovation(y, 3).square().sum(), y, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
+
+
 @given(
     b=st.integers(1, 3),
     l=st.integers(2, 40),

@@ -36,7 +36,11 @@ def tiny(**changes):
         vocab_size=32, hidden_size=16, num_layers=2, num_heads=4, num_kv_heads=2, state_size=3,
         window=4, num_fading_tokens=2, num_eidetic_tokens=3, initializer_range=0.5,
     )  # fmt: skip
-    return BMojoForCausalLM(BMojoConfig.bmojo(**{**sizes, **changes})).eval()
+    model = BMojoForCausalLM(BMojoConfig.bmojo(**{**sizes, **changes})).eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("memory_gate"):
+            weight.data.copy_(torch.linspace(0.0, 0.9, 4))
+    return model
 
 
 def sequence(rows=1):
@@ -50,6 +54,8 @@ WAYS = {
     "after the window": {"store_in_window": False},
     "after the window, token": {"store_in_window": False, "memory_update": "token"},
     "no fading": {"num_fading_tokens": 0},
+    "gated": {"memory_gates": True},
+    "gated, token": {"memory_gates": True, "memory_update": "token"},
 }
 
 
@@ -122,7 +128,10 @@ def test_positions_are_those_of_algorithm_1(read):
 
 
 def test_mass_is_that_of_a_dense_softmax(read):
-    """All keys of the row and all memories in one score vector per query and head, masked."""
+    """All keys of the row and all memories in one score vector per query and head, masked.
+
+    Behind a gate g the output is g times that of all weights and 1 - g times that of the window's.
+    """
     model, traces, seen, _ = read
     fading = model.config.num_fading_tokens
     for trace in traces:
@@ -138,7 +147,10 @@ def test_mass_is_that_of_a_dense_softmax(read):
                     sees = [t - trace.window < s <= t for s in range(LENGTH)]
                     sees = torch.tensor([*sees, *w.memory.valid[row, n].tolist()])
                     weight = torch.where(sees, score.exp(), 0.0)
-                    expected += weight / weight.sum() / w.q.shape[2]
+                    near = weight * (torch.arange(len(weight)) < LENGTH)
+                    g = 1.0 if w.gate is None else w.gate[h].item()
+                    mixed = g * weight / weight.sum() + (1 - g) * near / near.sum()
+                    expected += mixed / w.q.shape[2]
                 parts = expected.split((LENGTH, fading, w.memory.k.shape[2] - fading))
                 got = trace.mass[row, t].double()
                 torch.testing.assert_close(
@@ -147,6 +159,15 @@ def test_mass_is_that_of_a_dense_softmax(read):
                 torch.testing.assert_close(
                     trace.eidetic_mass[row, t].double(), parts[2], rtol=1e-4, atol=1e-6
                 )
+
+
+def test_a_closed_gate_leaves_all_to_the_window():
+    model = tiny(memory_gates=True)
+    for block in model.model.layers:
+        block.attention.memory_gate.data.zero_()
+    for trace in memory_trace(model, sequence()):
+        torch.testing.assert_close(trace.mass[..., 0], torch.ones(1, LENGTH))
+        assert not trace.mass[..., 1:].any() and not trace.eidetic_mass.any()
 
 
 def test_attention_to_a_token_adds_up_to_the_eidetic_share(read):

@@ -4,6 +4,8 @@ The oracle is written from the paper: Python sets for what is visible, a loop fo
 memory, one softmax over the list of visible tokens.  It shares no code with the layer.
 """
 
+import pickle
+
 import peaky
 import pytest
 import torch
@@ -13,11 +15,13 @@ from hypothesis import strategies as st
 
 from bmojo_core import BMojoConfig
 from bmojo_core.layers import bmojo as bmojo_layer
+from bmojo_core.layers import mamba
 from bmojo_core.layers.attention import Attention
 from bmojo_core.layers.bmojo import MemoryAttention
 from bmojo_core.layers.feedforward import GatedMLP, MixtureOfExperts
 from bmojo_core.layers.mamba import Mamba
 from bmojo_core.layers.selection import POLICIES, Observed
+from bmojo_core.ops import selective_scan
 
 
 def innovation(y, taps):
@@ -322,3 +326,26 @@ def test_a_mixture_of_one_expert_is_that_expert_and_more_are_a_weighted_sum():
             want = sum(probability[t, i].double() * mixture.experts[i](u[0, t]) for i in best)
             torch.testing.assert_close(mixture(u)[0, t], want, rtol=1e-10, atol=1e-10)
     assert isinstance(mixture.experts[0], GatedMLP)
+
+
+@pytest.mark.parametrize("fading", ["selective", "scalar_decay"])
+@pytest.mark.parametrize("kind", ["transformer", "mamba", "hybrid", "bmojo"])
+def test_a_model_can_be_pickled(kind, fading):
+    model, tokens = peaky.model(kind, fading=fading), peaky.ids(2, 11)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(peaky.logits(again, tokens), peaky.logits(model, tokens))
+
+
+def test_rates_are_computed_wide_from_narrow_weights(monkeypatch):
+    """exp(A_log) rounded to bfloat16 would be wrong by up to 2^-9, and fading by that times l."""
+    layer, given = peaky.model("mamba", dtype=torch.bfloat16).model.layers[0].inner, {}
+
+    def seen(u, delta, A, *rest, **options):
+        given["A"] = A
+        return selective_scan(u, delta, A, *rest, **options)
+
+    monkeypatch.setattr(mamba, "selective_scan", seen)
+    with torch.no_grad():
+        layer(torch.randn(1, 5, 16, dtype=torch.bfloat16))
+    assert given["A"].dtype == torch.float32
+    torch.testing.assert_close(given["A"].double(), -layer.A_log.double().exp())

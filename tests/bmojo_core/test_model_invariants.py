@@ -268,3 +268,19 @@ def test_only_full_attention_grows():
     torch.testing.assert_close(reader.in_pieces([9, 20, 21])[0], reader.full(), **CLOSE)
     sizes = [reader.read(reader.tokens[:, :n], None, None)[1].nbytes for n in (3, 40)]
     assert sizes[1] > 10 * sizes[0]
+
+
+@torch.no_grad()
+def test_pads_do_not_lengthen_a_text():
+    """Rotary positions of type "dynamic" reach 12 tokens of each text, however wide the batch."""
+    rope = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 2.0}
+    model = peaky.model("hybrid", position="rope", rope_parameters=rope, max_position_embeddings=12)
+    tokens, mask = peaky.ids(2, 19), torch.ones(2, 19, dtype=torch.long)
+    mask[0, :8] = mask[1, :10] = 0
+    out = model(tokens, attention_mask=mask, use_cache=True)
+    alone = model(tokens[1:, 10:], use_cache=False).logits
+    torch.testing.assert_close(out.logits[1:, 10:], alone)
+    state = out.past_key_values
+    model(tokens[:, :1], past_key_values=state)  # 12 and 10 tokens now
+    with pytest.raises(ValueError, match="longer than max_position_embeddings 12 .* got 13 tokens"):
+        model(tokens[:, :1], past_key_values=state)

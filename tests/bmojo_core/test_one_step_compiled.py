@@ -197,3 +197,13 @@ def test_a_model_decodes_the_same_with_and_without(kind):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
     for a, b in zip(first.tensors(), second.tensors(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("listen", ["register_forward_pre_hook", "register_forward_hook"])
+def test_who_listens_to_a_norm_hears_every_token(listen):
+    """A hook that changes what the norm is given or says changes it in decoding, too."""
+    norm, h = torch.nn.RMSNorm(8, eps=1e-5), torch.randn(2, 1, 8)
+    change = (lambda m, x: (2 + x[0],)) if "pre" in listen else (lambda m, x, y: 2 + y)
+    getattr(norm, listen)(change)
+    with torch.no_grad():
+        assert torch.equal(rms_norm(h, norm), norm(h))

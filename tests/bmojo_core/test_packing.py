@@ -1,5 +1,7 @@
 """Documents packed into one row do not see each other: each is what it is alone."""
 
+from itertools import pairwise
+
 import peaky
 import pytest
 import torch
@@ -84,3 +86,36 @@ def test_positions_that_go_on_from_what_was_read_are_no_new_document():
         at = torch.arange(9, 15)[None]
         got = model(tokens[:, 9:], past_key_values=cache, position_ids=at).logits
     torch.testing.assert_close(got, peaky.logits(model, tokens)[:, 9:], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "mask", [[1, 1, 1, 1, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1, 0]]
+)
+def test_a_document_may_begin_with_pads(mask):
+    model, tokens, edges = peaky.model(), peaky.ids(1, 8), (0, 4, 8)
+    given = dict(attention_mask=torch.tensor([mask]), cu_seqlens=torch.tensor(edges))
+    got = peaky.logits(model, tokens, **given)[0]
+    for begin, end in pairwise(edges):
+        here = torch.tensor([j for j in range(begin, end) if mask[j]])
+        torch.testing.assert_close(got[here], peaky.logits(model, tokens[:, here])[0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_scored_logit_has_read_its_label(packed):
+    """A pad within a row is answered behind all of it, so what follows a hole is not scored."""
+    model, tokens = peaky.model(), peaky.ids(1, 10)
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0, 1, 1, 1, 1]])
+    inputs = {"attention_mask": mask, "use_cache": False}
+    inputs |= {"cu_seqlens": torch.tensor([0, 3, 10])} if packed else {}
+    with torch.no_grad():
+        loss = float(model(tokens, labels=tokens, **inputs).loss)
+        logits = model(tokens, **inputs).logits[0].log_softmax(-1)
+    scored = [1, 2, 4, 7, 8, 9] if packed else [1, 2, 3, 4, 7, 8, 9]
+    assert loss == pytest.approx(
+        -float(sum(logits[t - 1, tokens[0, t]] for t in scored)) / len(scored)
+    )
+
+
+def test_positions_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match="position_ids must be"):
+        peaky.logits(peaky.model(), peaky.ids(4, 8), position_ids=torch.arange(8).expand(2, 8))

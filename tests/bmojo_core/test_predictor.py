@@ -14,6 +14,7 @@ from bmojo_core.layers.selection import (
     predictor_loss,
     received_attention,
 )
+from bmojo_core.training import Recipe, bptt, loop, scored_loss, single
 from bmojo_core.training.optim import parameter_groups
 
 
@@ -159,3 +160,36 @@ def test_attention_counted_is_stored_only_behind_the_window():
     assert int(memory.best.position.max()) < 13 - delay
     mass = memory.waiting.score.sum() + memory.best.score.sum()
     assert 0 < float(mass) < 13.0  # thirteen queries gave one each
+
+
+# -- in the training loop --------------------------------------------------------------------------
+
+
+def predictor_steps(recipe, batch):
+    """How far one step of plain gradient descent moves each parameter."""
+    model = peaky.model(selection="learned_predictor").train()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    loop._step(single(model), optimizer, lambda s: batch, scored_loss, recipe, 1)
+    return {n: p.detach() - before[n] for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_batches_accumulated_are_one_large_batch_for_the_predictor_too(chunk):
+    """Four times the same batch: no step may depend on how often it was read."""
+    batch, sizes = (peaky.ids(2, 17), peaky.ids(2, 17, seed=1)), dict(chunk=chunk, clip=1e9)
+    once = predictor_steps(Recipe(1, **sizes), batch)
+    four = predictor_steps(Recipe(1, accumulate=4, **sizes), batch)
+    for name in once:
+        torch.testing.assert_close(four[name], once[name], msg=name)
+
+
+def test_chunks_count_as_their_mean():
+    tokens, labels = peaky.ids(2, 17), peaky.ids(2, 17, seed=1)
+    model = peaky.model(selection="learned_predictor").train()
+    parts = bptt.chunks(tokens, labels, 5)
+    bptt.truncated_backward(model, parts, labels.numel(), horizon=2)
+    step = predictor_steps(Recipe(1, chunk=5, horizon=2, clip=1e9), (tokens, labels))
+    for name, p in model.named_parameters():
+        readings = 4 if name.endswith("predictor") else 1
+        torch.testing.assert_close(step[name], -p.grad / readings, msg=name)

@@ -11,7 +11,7 @@ from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.evaluation import accuracy_per_example
 from bmojo_core.experiments.kept import kept_shares
 from bmojo_core.experiments.outside import OUTSIDE
-from bmojo_core.experiments.packed import Job, load_records, run_jobs
+from bmojo_core.experiments.packed import Job, load_records, ours, run_jobs
 from bmojo_core.experiments.recall_data import TASKS, answers, compact, make_pool
 from bmojo_core.tasks import mqar
 
@@ -108,6 +108,7 @@ OUTSIDE_SIZES = {
     "mistral": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
                 "num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": None},
     "outside_mamba": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+    "mamba_begun_as_theirs": {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
 }  # fmt: skip
 
 
@@ -119,7 +120,8 @@ def test_transformers_own_models_run_through_the_same_engine(kind, tmp_path):
     (record,) = load_records(tmp_path)
     model = OUTSIDE[kind](vocab_size=32, **OUTSIDE_SIZES[kind]).eval()
     assert record["parameters"] == sum(p.numel() for p in model.parameters())
-    assert record["state_bytes"] is None and "kept" not in record["evaluations"][0]
+    assert (record["state_bytes"] is None) == (not ours(model))
+    assert "kept" not in record["evaluations"][0]
     pool = make_pool(data)
     buffers = pool.buffers(4)
     buffers = buffers[pool.draw(buffers, random.Random(0), torch.Generator().manual_seed(0))]

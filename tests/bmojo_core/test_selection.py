@@ -87,3 +87,62 @@ def test_the_rule_of_a_trained_model_is_exchanged_by_its_configuration(rule):
         torch.testing.assert_close(built(ids).logits, expected)
     assert not torch.allclose(before, expected)
     torch.testing.assert_close(torch.cat(said, 1), expected[:, 20:], rtol=1e-4, atol=1e-5)
+
+
+# -- a rule exchanged while texts are being read --------------------------------------------------
+
+
+def trained(selection):
+    return peaky.model(selection=selection, num_layers=1, dtype=torch.float32)
+
+
+@torch.no_grad()
+def begun(model, ids):
+    """A state that has been gone on from once."""
+    state = model(ids[:, :9], use_cache=True).past_key_values
+    model(ids[:, 9:10], past_key_values=state)
+    return state
+
+
+@torch.no_grad()
+def test_attention_can_be_counted_by_a_model_built_for_another_rule():
+    model, meant = trained("innovation"), trained("accumulated_attention")
+    ids = peaky.ids(2, 25)
+    model.config.selection = "accumulated_attention"
+    torch.testing.assert_close(model(ids).logits, meant(ids).logits)
+    torch.testing.assert_close(
+        model(ids[:, 10:], past_key_values=begun(model, ids)).logits, meant(ids).logits[:, 10:],
+        rtol=1e-4, atol=1e-4,
+    )  # fmt: skip
+
+
+def test_a_rule_whose_weights_are_missing_is_refused_and_the_old_one_stays():
+    model, ids = trained("innovation"), peaky.ids(1, 12)
+    state = begun(model, ids)
+    model.config.selection = "learned_predictor"
+    with pytest.raises(ValueError, match="selection 'learned_predictor' needs weights"):
+        model(ids)
+    model.config.selection = "innovation"
+    assert model(ids[:, 10:], past_key_values=state).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("rule", ["key_diversity", "accumulated_attention"])
+@pytest.mark.parametrize("more", [1, 3])
+def test_a_text_that_kept_too_little_cannot_go_on_under_another_rule(rule, more):
+    model, ids = trained("recency"), peaky.ids(1, 20)
+    state = begun(model, ids)
+    model.config.selection = rule
+    model(ids)  # another text begins: from now on the rule holds
+    with pytest.raises(ValueError, match=f"selection '{rule}' needs what past_key_values"):
+        model(ids[:, 10 : 10 + more], past_key_values=state)
+
+
+def test_a_learned_rule_can_be_exchanged_for_one_without_weights():
+    model, meant = trained("learned_predictor"), trained("recency")
+    model.config.selection = "recency"
+    ids = peaky.ids(1, 20)
+    model.train()(ids, labels=ids).loss.backward()
+    assert model.model.layers[0].attention.predictor.grad is None
+    weights = {n: p for n, p in model.state_dict().items() if not n.endswith("predictor")}
+    meant.load_state_dict(weights)
+    assert torch.equal(peaky.logits(model.eval(), ids), peaky.logits(meant, ids))

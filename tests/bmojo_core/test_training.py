@@ -9,7 +9,17 @@ import torch
 
 from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.tasks import mqar
-from bmojo_core.training import Recipe, adamw, learning_rate, parameter_groups, scored_loss, train
+from bmojo_core.training import (
+    Recipe,
+    adamw,
+    bptt,
+    learning_rate,
+    loop,
+    parameter_groups,
+    scored_loss,
+    single,
+    train,
+)
 from bmojo_core.training.checkpoint import checkpoints, load_checkpoint
 
 SIZES = dict(vocab_size=40, hidden_size=16, num_layers=1, num_heads=2, window=8, state_size=4)
@@ -182,3 +192,31 @@ def test_impossible_recipes_are_refused(change, says):
 def test_checkpoints_without_a_folder_are_refused():
     with pytest.raises(ValueError, match="checkpoint_every needs a folder"):
         train(small_model(), batch, Recipe(steps=1, checkpoint_every=1), progress=False)
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_divergence_in_a_chunk_still_knows_a_gradient(bad, monkeypatch):
+    """Gradients are cleared only when the first chunk's loss is known to be finite."""
+    calls = []
+
+    def read_on(model, ids, labels, state):
+        loss, state = read(model, ids, labels, state)
+        calls.append(ids)
+        return (loss * float("nan") if len(calls) == 2 * 4 + bad else loss), state
+
+    read = bptt.read_on
+    monkeypatch.setattr(bptt, "read_on", read_on)
+    message = rf"chunk {bad} is nan at step 3; the largest gradient before it is .* of .*\."
+    with pytest.raises(FloatingPointError, match=message):
+        train(small_model(), batch, Recipe(steps=5, chunk=8), progress=False)
+
+
+def test_chunks_of_one_step_leave_nothing_to_the_next():
+    once, twice = small_model(), small_model()
+    for model, steps in ((once, [1]), (twice, [2, 1])):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for step in steps:
+            recipe = Recipe(steps=5, chunk=8, accumulate=2, clip=1e9)
+            loop._step(single(model), optimizer, batch, scored_loss, recipe, step)
+    for a, b in zip(once.parameters(), twice.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)

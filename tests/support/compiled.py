@@ -32,6 +32,16 @@ def check_layer(**changes) -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def check_autocast(**changes) -> None:
+    """A layer whose weights stay in float32 and whose products are made in bfloat16."""
+    layer = peaky.model(dtype=torch.float32, **changes).model.layers[0]
+    h = torch.randn(2, 19, 16, generator=torch.Generator().manual_seed(0))
+    compiled = traced(layer)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        torch.testing.assert_close(compiled(h)[0], layer(h)[0], rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(compiled(h[:, :1])[0], layer(h[:, :1])[0], rtol=1e-2, atol=1e-2)
+
+
 def check_model(kind: str) -> None:
     """A whole model: logits to 1e-5 of the largest."""
     model, tokens = peaky.model(kind, dtype=torch.float32), peaky.ids(2, 21)
@@ -75,6 +85,8 @@ if __name__ == "__main__":
     check_layer(memory_update="chunk")
     check_layer(memory_update="token", wiring="parallel")
     check_layer(fading="scalar_decay", ssm_head_dim=8)
+    check_autocast(memory_update="token")
+    check_autocast(fading="scalar_decay", ssm_head_dim=8)
     for kind in ("transformer", "hybrid", "bmojo"):
         check_model(kind)
     for kind in ("hybrid", "bmojo_f", "bmojo"):

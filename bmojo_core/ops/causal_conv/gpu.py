@@ -123,6 +123,7 @@ class _CausalConv(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         call = ctx.call
         tensors = dict(zip(("x", "weight", "bias", "initial"), ctx.saved_tensors))

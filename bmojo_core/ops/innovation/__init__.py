@@ -76,7 +76,7 @@ def innovation(
         Default: zeros.
     backend : "auto", "reference", "cpu" or "gpu"
         "auto" takes "gpu" for CUDA tensors; for all others the plain equation where l is 1
-        (decoding), else "cpu".
+        (decoding) or y is float64 (so that gradients can be differentiated again), else "cpu".
 
     Returns
     -------
@@ -107,7 +107,8 @@ def innovation(
         return innovation_step(y, weights, past)
     if weights is None:
         weights = torch.full((taps,), 1.0 / taps, dtype=compute_dtype(y), device=y.device)
-    if backend == "reference":
+    exact = backend == "auto" and y.dtype == torch.float64 and not y.is_cuda
+    if backend == "reference" or exact:
         return innovation_reference(y, weights, past)
     if backend == "gpu" or (backend == "auto" and y.is_cuda):
         from bmojo_core.ops.innovation.gpu import innovation_gpu

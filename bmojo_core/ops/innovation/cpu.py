@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bmojo_core.ops._checks import compute_dtype
 
@@ -47,6 +48,7 @@ class _Innovation(torch.autograd.Function):
         return error.square().mean(dim=-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         outputs, weights, error = ctx.saved_tensors
         taps = weights.shape[0]

@@ -61,6 +61,7 @@ class _Innovation(torch.autograd.Function):
         return _squared_error(y, weights, past)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, derror):
         y, weights, past = ctx.saved_tensors
         inputs = [None if x is None else x.detach().requires_grad_() for x in (y, weights, past)]

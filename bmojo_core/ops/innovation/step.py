@@ -58,8 +58,12 @@ def insert_compiled(
     """
     k, v, score, position = token
     plain = k.dtype is v.dtype is score.dtype is torch.float32 and position.dtype is torch.int64
-    same = all(a.dtype is b.dtype and a.is_cpu for a, b in zip(token, best, strict=True))
-    if not (plain and same and best[2].shape[1] and may_be_written(*best)):
+    same = all(
+        a.dtype is b.dtype and a.is_cpu and a.shape == (b.shape[0], 1, *b.shape[2:])
+        for a, b in zip(token, best, strict=True)
+    )
+    followed = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    if followed or not (plain and same and best[2].shape[1] and may_be_written(*best)):
         return False
     from bmojo_core.ops.innovation import cpu_kernels
 

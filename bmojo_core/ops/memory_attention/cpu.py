@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops._checks import compute_dtype, outside_autocast
 
 SMALLEST_BLOCK = 64  # queries; shorter blocks pay more for copying their span than they save
 SPAN_MULTIPLE = 16  # keys
@@ -30,6 +30,7 @@ LARGEST_BLOCK = 256  # longer ones compute ever more scores outside the window
 SHORTEST_FUSED_CHUNK = 8  # below, the copies of the window in every chunk's list dominate
 
 
+@outside_autocast
 def memory_attention_cpu(
     q: Float[Tensor, "b l h p"],
     k: Float[Tensor, "b rl g p"],

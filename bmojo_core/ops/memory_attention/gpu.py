@@ -113,6 +113,7 @@ class _MemoryAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dout):
         *tensors, out, logsum = ctx.saved_tensors
         q, k, v, mem_k, mem_v, _, _ = tensors

@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops._checks import compute_dtype, outside_autocast
 
 
+@outside_autocast
 def memory_attention_reference(
     q: Float[Tensor, "b l h p"],
     k: Float[Tensor, "b rl g p"],

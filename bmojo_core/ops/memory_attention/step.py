@@ -15,10 +15,10 @@ def write_compiled(
     k: Float[Tensor, "b 1 g p"], v: Float[Tensor, "b 1 g p"], read: Int[Tensor, "b"], w: int,
 ) -> bool:  # fmt: skip
     """Write as one loop, where that may be; False where nothing was done."""
-    b, _, g, p = k.shape
+    b, g, _, p = ring_k.shape
     plain = ring_k.dtype is ring_v.dtype is torch.float32 and read.dtype is torch.int64
     fit = plain and read.is_cpu and is_plain(k, b, 1, g, p) and is_plain(v, b, 1, g, p)
-    if not (fit and may_be_written(ring_k, ring_v)):
+    if not (fit and ring_v.shape == ring_k.shape and may_be_written(ring_k, ring_v)):
         return False
     from bmojo_core.ops.memory_attention.step_kernels import write_one
 

@@ -7,7 +7,7 @@ more than the arithmetic, and one compiled loop takes their place.  Symbols: b b
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bmojo_core.ops._numpy import is_plain, nobody_watches, run_on
+from bmojo_core.ops._numpy import is_plain, nobody_listens, nobody_watches, run_on
 
 __all__ = ["rms_norm"]
 
@@ -22,11 +22,11 @@ def rms_norm(h: Float[Tensor, "b l d"], norm: nn.RMSNorm) -> Float[Tensor, "b l 
     norm
         The module that holds weight (d,) and eps.
     """
-    if h.shape[1] != 1 or type(norm) is not nn.RMSNorm or norm._forward_hooks:
-        return norm(h)  # also where someone has put another norm there, or listens to it
+    if h.shape[1] != 1 or type(norm) is not nn.RMSNorm:
+        return norm(h)  # also where someone has put another norm there
     b, _, d = h.shape
     fit = norm.eps is not None and is_plain(h, b, 1, d) and is_plain(norm.weight, d)
-    if not (fit and nobody_watches()):
+    if not (fit and nobody_watches() and nobody_listens(norm)):
         return norm(h)
     from bmojo_core.ops.rms_norm.cpu_kernels import norm_step
 

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import compute_dtype
+from bmojo_core.ops._checks import compute_dtype, outside_autocast
 from bmojo_core.ops.selective_scan.reference import step_size
 
 CHUNK = 64
 
 
+@outside_autocast
 def scalar_scan_cpu(
     u: Float[Tensor, "b l d"],
     delta: Float[Tensor, "b l h"],

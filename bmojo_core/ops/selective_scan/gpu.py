@@ -279,6 +279,7 @@ class _SelectiveScan(torch.autograd.Function):
         return y, last
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, dy, dlast):
         call = ctx.call.reversed()
         t = call.tiling

@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from bmojo_core.ops._checks import compute_dtype, widened
+from bmojo_core.ops._checks import compute_dtype, outside_autocast, widened
 from bmojo_core.ops._numpy import is_plain, nobody_watches, run_on
 from bmojo_core.ops.selective_scan.reference import step_size
 
 
+@outside_autocast
 def selective_scan_step(
     u: Float[Tensor, "b 1 d"],
     delta: Float[Tensor, "b 1 d"],

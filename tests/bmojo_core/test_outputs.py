@@ -1,0 +1,47 @@
+"""What a call returns, in transformers' conventions: a tuple, hidden states, the loss of a part."""
+
+import peaky
+import pytest
+import torch
+import torch.nn.functional as F
+
+
+@pytest.fixture
+def model():
+    return peaky.model()
+
+
+def test_a_tuple_holds_what_there_is(model):
+    tokens = peaky.ids(2, 7)
+    want = model(tokens, labels=tokens, use_cache=False)
+    for said in (model, model.model):
+        assert isinstance(said(tokens, return_dict=False), tuple)
+    loss, logits = model(tokens, labels=tokens, use_cache=False, return_dict=False)
+    assert torch.equal(loss, want.loss) and torch.equal(logits, want.logits)
+    model.config.return_dict = False
+    assert torch.equal(model(tokens, use_cache=False)[0], want.logits)
+    assert torch.equal(model(tokens, use_cache=False, return_dict=True).logits, want.logits)
+
+
+def test_hidden_states_are_asked_for_by_the_configuration_too(model):
+    tokens = peaky.ids(2, 7)
+    want = model(tokens, output_hidden_states=True).hidden_states
+    assert model(tokens).hidden_states is None
+    model.config.output_hidden_states = True
+    got = model(tokens).hidden_states
+    assert len(got) == 3 and all(map(torch.equal, got, want))
+    assert model(tokens, output_hidden_states=False).hidden_states is None
+
+
+@pytest.mark.parametrize("keep", [3, torch.tensor([4, 5, 6])])
+def test_the_loss_of_the_columns_that_are_kept(model, keep):
+    """Row 0 has two pads, row 1 begins only in the last but one column."""
+    tokens, mask = peaky.ids(2, 7), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = mask[1, :5] = 0
+    out = model(tokens, attention_mask=mask, labels=tokens[:, 4:], logits_to_keep=keep)
+    logits = model(tokens, attention_mask=mask).logits
+    asked = [(0, 5), (0, 6), (1, 6)]  # columns whose predecessor is kept and a token
+    want = torch.stack([F.cross_entropy(logits[i, t - 1], tokens[i, t]) for i, t in asked]).mean()
+    torch.testing.assert_close(out.loss, want.float())  # transformers' own loss: in float32
+    with pytest.raises(ValueError, match=r"labels must be \(b, l\) = \(2, 3\), got \(2, 7\)"):
+        model(tokens, attention_mask=mask, labels=tokens, logits_to_keep=keep)
