@@ -102,6 +102,13 @@ def _after_token(valid: Bool[Tensor, "b l"]) -> Bool[Tensor, "b l"]:
     return after
 
 
+def after_gap(kept: Int[Tensor, "k"]) -> Bool[Tensor, "k"]:
+    """Kept columns whose left neighbour is not kept: the logits that predict them are not there."""
+    gap = torch.zeros_like(kept, dtype=torch.bool)
+    gap[1:] = kept[1:] != kept[:-1] + 1
+    return gap
+
+
 def find_rows(
     shape: tuple[int, int],
     mask: Shaped[Tensor, "b L"] | None,

@@ -276,10 +276,10 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         ----------
         labels
             The token of each column that is kept, -100 where not scored; the model shifts them, so
-            that column t is predicted from columns before it (transformers' convention).  The first
-            token of a document, of the kept columns, and pads are never scored.
+            that column t is predicted from columns before it (transformers' convention).  Pads and
+            tokens whose left neighbour is not in their document, or not kept, are never scored.
         logits_to_keep
-            Compute logits of the last so many columns only; 0 for all.
+            Compute logits of the last so many columns only, 0 for all; or indices of columns.
 
         Other parameters as in ``BMojoModel.forward``.
         """
@@ -295,6 +295,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
             batches.check_labels(self.config, labels, logits.shape[:2])
             if out.scored is not None:
                 labels = labels.masked_fill(~out.scored[:, keep], batches.IGNORED)
+            if isinstance(keep, Tensor):
+                labels = labels.masked_fill(batches.after_gap(keep), batches.IGNORED)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         said = BMojoOutput(
             loss=loss,

@@ -45,3 +45,11 @@ def test_the_loss_of_the_columns_that_are_kept(model, keep):
     torch.testing.assert_close(out.loss, want.float())  # transformers' own loss: in float32
     with pytest.raises(ValueError, match=r"labels must be \(b, l\) = \(2, 3\), got \(2, 7\)"):
         model(tokens, attention_mask=mask, labels=tokens, logits_to_keep=keep)
+
+
+def test_no_loss_across_a_gap_in_what_is_kept(model):
+    tokens, kept = peaky.ids(2, 7), torch.tensor([1, 2, 5, 6])
+    out = model(tokens, labels=tokens[:, kept], logits_to_keep=kept)
+    logits = model(tokens).logits
+    want = torch.stack([F.cross_entropy(logits[:, t - 1], tokens[:, t]) for t in (2, 6)]).mean()
+    torch.testing.assert_close(out.loss, want.float())
