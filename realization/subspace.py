@@ -158,17 +158,17 @@ def _check_excitation(data: CompressedData) -> None:
     size = 2 * data.i * data.m
     if not size:
         return
-    values = _row_singular_values(data.L[:size, :size])
+    values = np.linalg.svd(_unit_rows(data.L[:size, :size]), compute_uv=False)
     rank = int(np.sum(values > EXCITED * values[0])) if values[0] > 0 else 0
     if rank < size:
         raise ValueError(
             f"u must be persistently exciting of order {2 * data.i} (twice block_rows={data.i}): "
             f"its Hankel matrix has rank {rank} of {size}. Use a richer input or fewer block rows"
         )
-    past = data.L[data.inputs : data.regressors, : data.regressors]
-    values = _row_singular_values(past)
+    past = _unit_rows(data.L[data.inputs : data.regressors, : data.regressors])
+    values = np.linalg.svd(past, compute_uv=False)
     rank = int(np.sum(values > EXCITED * values[0]))
-    own = _row_singular_values(past, past[:, data.inputs :])
+    own = np.linalg.svd(past[:, data.inputs :], compute_uv=False)  # what U_f does not explain
     if own[rank - 1] <= COINCIDENT * own[0]:
         raise ValueError(
             f"u must be persistently exciting of order {2 * data.i} + n for a system of order n "
@@ -177,12 +177,10 @@ def _check_excitation(data: CompressedData) -> None:
         )
 
 
-def _row_singular_values(rows: Array, of: Array | None = None) -> Array:
-    """Singular values of ``of`` (default: the rows), each row in units of ``rows``'s length."""
+def _unit_rows(rows: Array) -> Array:
+    """Each row divided by its length, where it has one."""
     scale = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.linalg.svd(
-        (rows if of is None else of) / np.where(scale > 0, scale, 1), compute_uv=False
-    )
+    return rows / np.where(scale > 0, scale, 1)
 
 
 # --- the three weightings -------------------------------------------------------------------------

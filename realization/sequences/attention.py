@@ -35,7 +35,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from realization.sequences.systems import Array, InputVaryingSystem, as_real
+from realization.sequences.systems import Array, InputVaryingSystem
+from realization.systems import as_real_array
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class AttentionWeights:
 
     def __post_init__(self) -> None:
         for name in ("W_q", "W_k", "W_v", "W_o"):
-            object.__setattr__(self, name, as_real(getattr(self, name), name))
+            given = getattr(self, name)
+            object.__setattr__(self, name, as_real_array(name, given, np.ndim(given)))
         if min(self.heads, self.kv_heads) < 1 or self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide heads; got {self.heads=}, {self.kv_heads=}")
         if self.W_q.ndim != 2 or self.W_q.shape[0] % self.heads:

@@ -36,10 +36,10 @@ from realization.sequences.systems import (
     Series,
     System,
     Wrapped,
-    as_real,
     as_sequence,
 )
 from realization.sequences.trajectory import LinearTrajectory
+from realization.systems import as_real_array
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class SelectiveWeights:
 
     def __post_init__(self) -> None:
         for name in ("P_up", "P_down", "P_B", "P_C", "A", "D", "bias"):
-            object.__setattr__(self, name, as_real(getattr(self, name), name))
+            given = getattr(self, name)
+            object.__setattr__(self, name, as_real_array(name, given, np.ndim(given)))
         if self.A.ndim != 2 or self.P_up.ndim != 2:
             raise ValueError(f"A and P_up must be matrices; got {self.A.shape}, {self.P_up.shape}")
         (e, n), r = self.A.shape, self.P_up.shape[1]
@@ -271,8 +272,8 @@ def loading_prompt(x0: ArrayLike, A: ArrayLike, step: float = 0.01) -> tuple[Arr
     ValueError
         If step is not positive or shapes differ.
     """
-    x0, A = as_real(x0, "x0"), as_real(A, "A")
-    if x0.ndim != 2 or x0.shape != A.shape:
+    x0, A = as_real_array("x0", x0, 2), as_real_array("A", A, 2)
+    if x0.shape != A.shape:
         raise ValueError(f"x0 and A must have one shape (e, n); got {x0.shape} and {A.shape}")
     if not step > 0:
         raise ValueError(f"step must be positive: at 0 a scan writes nothing; got {step}")

@@ -25,6 +25,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from realization.systems import as_real_array
+
 Array = NDArray[np.float64]
 
 
@@ -173,7 +175,7 @@ class Wrapped:
 def run_steps(step: Callable, n: int, u: ArrayLike, x0: ArrayLike | None) -> Run:
     """Iterate ``step`` over the rows of u, from x0; see `InputVaryingSystem.run`."""
     u = as_sequence(u)
-    x = np.zeros(n) if x0 is None else as_real(x0, "x0")
+    x = np.zeros(n) if x0 is None else as_real_array("x0", x0, 1)
     if x.shape != (n,):
         raise ValueError(f"x0 must have shape ({n},), the state size; got {x.shape}")
     states, outputs = [x], []
@@ -185,8 +187,7 @@ def run_steps(step: Callable, n: int, u: ArrayLike, x0: ArrayLike | None) -> Run
 
 
 def as_real(value: ArrayLike, name: str) -> Array:
-    """``value`` as a float64 array; ValueError for complex numbers, whose half would be lost."""
-    value = np.asarray(value)
+    """As `as_real_array`, but for numbers whose caller says at which time they are not finite."""
     if np.iscomplexobj(value):
         raise ValueError(f"{name} must be real, got complex numbers")
     return np.asarray(value, dtype=float)
@@ -280,7 +281,7 @@ def observability_matrix(
     u = as_sequence(u)
     if not (steps >= 1 and t >= 0 and t + steps <= len(u)):
         raise ValueError(f"need steps >= 1 and 0 <= t <= {len(u)} - steps; got {steps=}, {t=}")
-    x = system.run(u).x if x is None else as_real(x, "x")
+    x = system.run(u).x if x is None else as_real_array("x", x, 2)
     rows, product = [], np.eye(system.n)
     for s in range(t, t + steps):
         rows.append(system.C(u[s], x[s]) @ product)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from realization.sequences.systems import Array, Run, as_real, as_sequence
-from realization.systems import positive_integer
+from realization.systems import as_real_array, positive_integer
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class LinearTrajectory:
         v = as_sequence(v, "v", self.m)
         if len(v) != len(self):
             raise ValueError(f"v must have {len(self)} rows, as the trajectory; got {len(v)}")
-        x = np.zeros(self.n) if x0 is None else as_real(x0, "x0")
+        x = np.zeros(self.n) if x0 is None else as_real_array("x0", x0, 1)
         if x.shape != (self.n,):
             raise ValueError(f"x0 must have shape ({self.n},); got {x.shape}")
         states, outputs = [x], []

@@ -251,7 +251,10 @@ def test_up_shift():
         (lambda w: windowed_attention(w, 3).run(np.full((2, 4), np.nan)), "must be finite"),
         (lambda w: windowed_attention(w, 3).run(np.ones((2, 4)), np.ones(3)), "x0 must have"),
         (lambda w: AttentionWeights(w.W_q, w.W_k, w.W_v, w.W_o, 2, 3), "kv_heads must divide"),
-        (lambda w: AttentionWeights(w.W_q * 1j, w.W_k, w.W_v, w.W_o, 2, 1), "W_q must be real"),
+        (
+            lambda w: AttentionWeights(w.W_q * 1j, w.W_k, w.W_v, w.W_o, 2, 1),
+            "W_q must be an array of real",
+        ),
         (lambda w: AttentionWeights(w.W_q, w.W_k[:1], w.W_v, w.W_o, 2, 1), "W_k must have shape"),
         (lambda w: AttentionWeights(w.W_q, w.W_k, w.W_v, w.W_o[:, :1], 2, 1), "W_o must have"),
     ],

@@ -421,7 +421,7 @@ def test_kernel_is_the_response_to_impulses():
         (lambda s: s.change_basis(np.ones((12, 3, 3))), "T must have shape"),
         (lambda s: LinearTrajectory(s.A * 1j, s.B, s.C, s.D), "A must be real"),
         (lambda s: s.run(np.ones((12, 2)) * 1j), "v must be real"),
-        (lambda s: s.run(np.ones((12, 2)), np.ones(3) * 1j), "x0 must be real"),
+        (lambda s: s.run(np.ones((12, 2)), np.ones(3) * 1j), "x0 must be an array of real"),
         (lambda s: time_invariant(np.eye(2) * 1j, *np.ones((3, 2, 2)), l=3), "A must be real"),
         (lambda s: s.transition(2, 5), "the earlier first; got 5 .. 2"),
         (lambda s: s.transition(13, 5), r"times must lie in 0 .. 12.*got 5 .. 13"),

@@ -232,8 +232,8 @@ def test_loading_prompt_equals_starting_from_the_state(e, n, step, seed):
         (lambda w, u: channel_trajectory(w, u[:, :2], 0), "must have 3 columns"),
         (lambda w, u: loading_prompt(np.ones((3, 2)), w.A, 0.0), "step must be positive"),
         (lambda w, u: loading_prompt(np.ones((2, 2)), w.A), "one shape"),
-        (lambda w, u: loading_prompt(np.ones((3, 2)) * 1j, w.A), "x0 must be real"),
-        (lambda w, u: replace(w, P_B=w.P_B * 1j), "P_B must be real"),
+        (lambda w, u: loading_prompt(np.ones((3, 2)) * 1j, w.A), "x0 must be an array of real"),
+        (lambda w, u: replace(w, P_B=w.P_B * 1j), "P_B must be an array of real"),
         (lambda w, u: SelectiveWeights(w.P_up, w.P_down, w.P_B.T, w.P_C, w.A, w.D, w.bias), "P_B"),
     ],
 )

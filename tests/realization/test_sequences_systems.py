@@ -102,7 +102,7 @@ def test_input_varying_nilpotency():
         (lambda s, u: s.run(u[0]), "u must have shape"),
         (lambda s, u: s.run(u, np.ones(3)), r"x0 must have shape \(2,\)"),
         (lambda s, u: s.run(u + 1j), "u must be real"),
-        (lambda s, u: s.run(u, np.ones(2) * 1j), "x0 must be real"),
+        (lambda s, u: s.run(u, np.ones(2) * 1j), "x0 must be an array of real"),
         (lambda s, u: transition(s, u, 3, 2), "start <= stop"),
         (lambda s, u: reachability_matrix(s, u, 2, 3), "steps <= t"),
         (lambda s, u: observability_matrix(s, u, 6, 3), "t <= 8 - steps"),
