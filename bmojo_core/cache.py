@@ -65,6 +65,7 @@ class BMojoCache:
     """
 
     is_compileable = False  # transformers asks; only its static caches are
+    is_linear = ()  # nor are there layers by whose columns transformers would cut a prompt
 
     def __init__(
         self, states: list[Any] | None = None, position: Tensor | None = None, columns: int = 0

@@ -136,7 +136,7 @@ class BMojoConfig(PretrainedConfig):
     """
 
     model_type = "bmojo"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache")
     attribute_map = {  # noqa: RUF012  (transformers reads this class attribute)
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",

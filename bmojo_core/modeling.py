@@ -32,20 +32,23 @@ from bmojo_core.layers.mamba import Mamba
 from bmojo_core.layers.rotary import Rotary, check_length, longest_text
 from bmojo_core.ops.rms_norm import rms_norm
 
+# transformers calls the state ``cache`` from 5.24 on (the old name stays readable there).
+STATE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
 
 @dataclass
 class BMojoModelOutput(BaseModelOutputWithPast):
     """What the stack returns; ``scored`` (b, l) says which columns have a predecessor."""
 
-    past_key_values: BMojoCache | None = None
     scored: Bool[Tensor, "b l"] | None = None
+    __annotations__[STATE] = BMojoCache | None
 
 
 @dataclass
 class BMojoOutput(CausalLMOutputWithPast):
     """What the language model returns: loss, logits, state."""
 
-    past_key_values: BMojoCache | None = None
+    __annotations__ = {STATE: BMojoCache | None}
 
 
 class Residual(nn.Module):
@@ -144,6 +147,7 @@ class BMojoModel(BMojoPreTrainedModel):
         cu_seqlens: Int[Tensor, "n"] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: BMojoCache | None = None,
         **kwargs: Any,
     ) -> BMojoModelOutput | tuple:
         """Hidden states after the final norm.
@@ -154,8 +158,8 @@ class BMojoModel(BMojoPreTrainedModel):
             Token ids (b, l), or their embeddings (b, l, d); exactly one of the two.
         attention_mask
             Nonzero at tokens (b, l), or (b, read + l) as transformers passes it; None: no padding.
-        past_key_values
-            State to go on from; it is updated in place.
+        past_key_values, cache
+            State to go on from, by either of its names; it is updated in place.
         use_cache
             Whether to return the state; defaults to the configuration's, and to False in training
             and for packed documents.
@@ -180,13 +184,14 @@ class BMojoModel(BMojoPreTrainedModel):
         batches.check_tokens(self.config, input_ids, inputs_embeds)
         h = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
         batches.check_scores(memory_scores, h.shape[:2])
-        cache = past_key_values if past_key_values is not None else BMojoCache()
+        given = _state(past_key_values, cache)
+        cache = BMojoCache() if given is None else given
         cache.check(h.shape[0], self.config)
         rows = batches.find_rows(
             tuple(h.shape[:2]), attention_mask, position_ids, cu_seqlens, cache.position
         )
         packed = rows is not None and rows.packed
-        if packed and (use_cache or past_key_values is not None):
+        if packed and (use_cache or given is not None):
             raise ValueError("packed documents have no common state: use_cache must be False")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and not packed
@@ -208,9 +213,9 @@ class BMojoModel(BMojoPreTrainedModel):
         back = (lambda x: x) if rows is None else rows.unpack
         out = BMojoModelOutput(
             last_hidden_state=back(h),
-            past_key_values=cache if use_cache else None,
             hidden_states=tuple(back(x) for x in (*seen, h)) if output_hidden_states else None,
             scored=None if rows is None else rows.scored,
+            **{STATE: cache if use_cache else None},
         )
         return out if _as_dict(self.config, return_dict) else out.to_tuple()
 
@@ -229,6 +234,13 @@ class BMojoModel(BMojoPreTrainedModel):
                 h, new = layer(*arguments)
             new_states.append(new)
         return h, new_states, seen
+
+
+def _state(past_key_values: BMojoCache | None, cache: BMojoCache | None) -> BMojoCache | None:
+    """The state under whichever name it was given."""
+    if past_key_values is not None and cache is not None and cache is not past_key_values:
+        raise ValueError("past_key_values and cache are two names of one state: give one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 def _as_dict(config: BMojoConfig, asked: bool | None) -> bool:
@@ -268,6 +280,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         cu_seqlens: Int[Tensor, "n"] | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        cache: BMojoCache | None = None,
         **kwargs: Any,
     ) -> BMojoOutput | tuple:
         """Logits, and the loss when ``labels`` are given.
@@ -285,7 +298,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         """
         out = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, memory_scores,
-            position_ids, cu_seqlens, output_hidden_states, return_dict=True,
+            position_ids, cu_seqlens, output_hidden_states, return_dict=True, cache=cache,
         )  # fmt: skip
         h = out.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -301,8 +314,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         said = BMojoOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
+            **{STATE: getattr(out, STATE)},
         )
         return said if _as_dict(self.config, return_dict) else said.to_tuple()
 
@@ -314,9 +327,10 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, attention_mask=None, use_cache=True,
-        inputs_embeds=None, logits_to_keep=0, **kwargs,
+        inputs_embeds=None, logits_to_keep=0, cache=None, **kwargs,
     ):  # fmt: skip
         """The columns that the state has not read yet."""
+        past_key_values = _state(past_key_values, cache)
         if use_cache and past_key_values is None:
             past_key_values = BMojoCache()
         inputs = dict(

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bmojo_core.cache import BMojoCache
 from bmojo_core.modeling import BMojoForCausalLM
 
 
@@ -51,7 +52,7 @@ def token_losses(model: BMojoForCausalLM, pieces: Iterable[Tensor]) -> Iterator[
     Yields one tensor (b, c) a piece, aligned with its tokens.  The first token of all has no past
     and gets nan.  The model is read in evaluation mode and left as it was.
     """
-    state, ahead, training = None, None, model.training
+    state, ahead, training = BMojoCache(), None, model.training
     model.eval()
     try:
         for ids in pieces:
@@ -59,7 +60,6 @@ def token_losses(model: BMojoForCausalLM, pieces: Iterable[Tensor]) -> Iterator[
             with torch.no_grad():  # not around the yield: the caller's mode is the caller's
                 out = model(ids, past_key_values=state, use_cache=True)
                 losses, ahead = _losses(out.logits, ids, ahead)
-            state = out.past_key_values
             yield losses
     finally:
         model.train(training)

@@ -245,8 +245,8 @@ def state_bytes(config: BMojoConfig, tokens: int = 1) -> int:
     model = BMojoForCausalLM(config).eval()
     ids = torch.zeros(1, tokens, dtype=torch.long)
     with torch.no_grad():
-        out = model(ids, use_cache=True, memory_scores=torch.zeros(1, tokens))
-    cache: BMojoCache = out.past_key_values
+        cache = BMojoCache()
+        model(ids, past_key_values=cache, use_cache=True, memory_scores=torch.zeros(1, tokens))
     return cache.nbytes
 
 

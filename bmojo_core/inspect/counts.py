@@ -126,6 +126,25 @@ def _step_sizes(c: BMojoConfig) -> int:
     return e // c.ssm_head_dim if c.fading == "scalar_decay" else e
 
 
+def core(c: BMojoConfig, kind: str, rows: int, length: int) -> Work:
+    """Of a sublayer, what mixes positions: its scan, its attention, its reading of innovation.
+
+    Where these operations are priced by their own times, their bytes are in the price.
+    """
+    if kind == "mamba":
+        return scan(c, rows, length)
+    if kind in ("attention", "sliding_attention"):
+        window = c.window if kind == "sliding_attention" else None
+        return attention_core(c, rows, length, visible_in_window(length, window), 0)
+    if kind == "bmojo":
+        memory = -(-length // c.memory_chunk) * (c.num_fading_tokens + c.num_eidetic_tokens)
+        pairs = visible_in_window(length, c.window) + visible_in_memory(c, length)
+        read = rows * length * c.hidden_size if c.num_eidetic_tokens else 0  # y, for innovation
+        attention = attention_core(c, rows, length, pairs, memory)
+        return scan(c, rows, length) + attention + elementwise(read, 0)
+    return Work()
+
+
 def sublayer(c: BMojoConfig, kind: str, rows: int, length: int) -> Work:
     """One residual sublayer with its norm and its addition to the stream, in bfloat16.
 
@@ -137,18 +156,17 @@ def sublayer(c: BMojoConfig, kind: str, rows: int, length: int) -> Work:
     t, d = rows * length, c.hidden_size
     residual = elementwise(t * d, t * d) + elementwise(2 * t * d, t * d)  # norm; h + f
     if kind == "mamba":
-        return residual + _ssm(c, rows, length)
+        return residual + _ssm(c, t) + core(c, kind, rows, length)
     if kind in ("attention", "sliding_attention"):
-        window = c.window if kind == "sliding_attention" else None
-        pairs = visible_in_window(length, window)
-        return residual + _projections(c, t) + attention_core(c, rows, length, pairs, 0)
+        return residual + _projections(c, t) + core(c, kind, rows, length)
     if kind == "feedforward":
         f = c.intermediate_size
         gate = elementwise(t * f, t * f, exponentials=t * f) + elementwise(2 * t * f, t * f)
         return residual + product(t, d, f) + product(t, d, f) + gate + product(t, f, d)
     if kind == "bmojo":
         both = residual if c.wiring == "parallel" else residual + residual
-        return both + _ssm(c, rows, length) + _projections(c, t) + _memory(c, rows, length)
+        around = _ssm(c, t) + _projections(c, t) + _memory(c, rows, length)
+        return both + around + core(c, kind, rows, length)
     raise ValueError(
         "sublayer must be 'mamba', 'attention', 'sliding_attention', 'feedforward' or 'bmojo', "
         f"got {kind!r}"
@@ -167,8 +185,9 @@ def forward(c: BMojoConfig, rows: int, length: int) -> Work:
     return total
 
 
-def _ssm(c: BMojoConfig, rows: int, length: int) -> Work:
-    t, d, e = rows * length, c.hidden_size, c.ssm_intermediate_size
+def _ssm(c: BMojoConfig, t: int) -> Work:
+    """Maps and convolution around the scan."""
+    d, e = c.hidden_size, c.ssm_intermediate_size
     r, n = c.dt_rank, c.state_size
     maps = (
         product(t, d, 2 * e)
@@ -177,7 +196,7 @@ def _ssm(c: BMojoConfig, rows: int, length: int) -> Work:
         + product(t, e, d)
     )
     convolution = elementwise(t * e, t * e, exponentials=t * e)
-    return maps + convolution + scan(c, rows, length)
+    return maps + convolution
 
 
 def _projections(c: BMojoConfig, tokens: int) -> Work:
@@ -187,18 +206,12 @@ def _projections(c: BMojoConfig, tokens: int) -> Work:
 
 
 def _memory(c: BMojoConfig, rows: int, length: int) -> Work:
-    """Fading tokens normed and projected, eidetic ones gathered, both in one softmax."""
+    """Eidetic tokens gathered, fading ones normed and projected."""
     d, groups = c.hidden_size, c.num_kv_heads * c.head_dim
-    chunks = -(-length // c.memory_chunk)
-    memory = chunks * (c.num_fading_tokens + c.num_eidetic_tokens)
-    fading = rows * chunks * c.num_fading_tokens
-    pairs = visible_in_window(length, c.window) + visible_in_memory(c, length)
-    total = attention_core(c, rows, length, pairs, memory)
-    if c.num_eidetic_tokens:
-        gathered = 2 * rows * chunks * c.num_eidetic_tokens * groups
-        scores = elementwise(rows * length * d, 0)  # the innovation reads y
-        total = total + scores + elementwise(gathered, gathered)
-    if c.num_fading_tokens:
+    chunks = rows * -(-length // c.memory_chunk)
+    gathered, fading = 2 * chunks * c.num_eidetic_tokens * groups, chunks * c.num_fading_tokens
+    total = elementwise(gathered, gathered)
+    if fading:
         norm = elementwise(fading * d, fading * d) if c.normalize_fading else Work()
         total = total + norm + product(fading, d, groups) + product(fading, d, groups)
     return total

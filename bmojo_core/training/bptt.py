@@ -66,11 +66,12 @@ def read_on(
     ``labels[:, t]`` is what the output at column t must say (as in ``training.loop``), so a
     chunk's end needs no look at the next chunk.  ``state`` is updated in place.
     """
+    state = BMojoCache() if state is None else state
     out = model.model(input_ids, past_key_values=state, use_cache=True)
     asked = labels != IGNORED
     logits = model.lm_head(out.last_hidden_state[asked])
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels[asked], reduction="sum"), out.past_key_values
+    return F.cross_entropy(wide, labels[asked], reduction="sum"), state
 
 
 def truncated_backward(

@@ -122,17 +122,9 @@ def test_attention_flops_and_exponentials(kind):
     assert done.exponentials == expected + others
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@FADINGS
-def test_bytes(kind, fading, monkeypatch):
-    """What linear maps, norms and kernels were handed and gave back, and two sums a block.
-
-    Small parameters (norm weights, A, D, biases, masks) are left out of the count: 2 %.
-    """
-    c, (b, l) = config(kind, num_fading_tokens=2, num_eidetic_tokens=3, **fading), (3, 160)
-    with torch.device("meta"):
-        model = BMojoForCausalLM(c).model.to(torch.bfloat16)
-    ids, seen = torch.empty(b, l, dtype=torch.long, device="meta"), [0]
+def watch(monkeypatch, places) -> list[int]:
+    """Bytes that functions, each named by (module, name), are handed and give back from now on."""
+    seen = [0]
 
     def watched(function):
         def call(*args, **kwargs):
@@ -144,13 +136,29 @@ def test_bytes(kind, fading, monkeypatch):
 
         return call
 
+    for module, name in places:
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    return seen
+
+
+MIXING = [(mamba_layer, "selective_scan"), (mamba_layer, "scalar_scan"),
+          (bmojo_layer, "memory_attention"), (attention_layer, "memory_attention")]  # fmt: skip
+AROUND = [(mamba_layer, "causal_conv1d"), (F, "linear"), (F, "rms_norm"), (F, "silu")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@FADINGS
+def test_bytes(kind, fading, monkeypatch):
+    """What linear maps, norms and kernels were handed and gave back, and two sums a block.
+
+    Small parameters (norm weights, A, D, biases, masks) are left out of the count: 2 %.
+    """
+    c, (b, l) = config(kind, num_fading_tokens=2, num_eidetic_tokens=3, **fading), (3, 160)
+    with torch.device("meta"):
+        model = BMojoForCausalLM(c).model.to(torch.bfloat16)
+    ids = torch.empty(b, l, dtype=torch.long, device="meta")
     with as_kernels(), torch.no_grad(), monkeypatch.context() as patches:  # undone inside out
-        places = [(mamba_layer, "selective_scan"), (mamba_layer, "scalar_scan"),
-                  (mamba_layer, "causal_conv1d"), (bmojo_layer, "memory_attention"),
-                  (attention_layer, "memory_attention"),
-                  (F, "linear"), (F, "rms_norm"), (F, "silu")]  # fmt: skip
-        for module, name in places:
-            patches.setattr(module, name, watched(getattr(module, name)))
+        mixing, around = watch(patches, MIXING), watch(patches, AROUND)
         model(ids, use_cache=False)
     t, d, size = b * l, c.hidden_size, 2
     sums = 3 * size * t * d * (2 * c.num_layers)
@@ -158,9 +166,11 @@ def test_bytes(kind, fading, monkeypatch):
     chunks = l // c.memory_chunk
     groups, layers = c.num_kv_heads * c.head_dim, c.layer_types.count("bmojo")
     gathered = 4 * size * b * chunks * c.num_eidetic_tokens * groups * layers
-    scores = size * t * d * layers * bool(c.num_eidetic_tokens)
+    mixing[0] += size * t * d * layers * bool(c.num_eidetic_tokens)  # the innovation's
+    core = sum(counts.core(c, sublayer, b, l).bytes for sublayer in c.layer_types)
+    assert core == pytest.approx(mixing[0], rel=0.02)
     counted = counts.forward(c, b, l).bytes
-    assert counted == pytest.approx(seen[0] + sums + gates + gathered + scores, rel=0.02)
+    assert counted == pytest.approx(mixing[0] + around[0] + sums + gates + gathered, rel=0.02)
 
 
 def test_sums_of_work():

@@ -53,3 +53,23 @@ def test_no_loss_across_a_gap_in_what_is_kept(model):
     logits = model(tokens).logits
     want = torch.stack([F.cross_entropy(logits[:, t - 1], tokens[:, t]) for t in (2, 6)]).mean()
     torch.testing.assert_close(out.loss, want.float())
+
+
+def test_the_state_has_two_names(model):
+    """``past_key_values``, and ``cache`` as transformers calls it from 5.24 on."""
+    tokens = peaky.ids(2, 7)
+    want = model(tokens).logits[:, 4:]
+    for said, result in ((model, lambda out: out.logits), (model.model, lambda out: out[0])):
+        states = [said(tokens[:, :4], use_cache=True).past_key_values for _ in range(2)]
+        old = result(said(tokens[:, 4:], past_key_values=states[0]))
+        assert torch.equal(result(said(tokens[:, 4:], cache=states[1])), old)
+        assert said(tokens[:, 4:], cache=states[1], use_cache=True).past_key_values is states[1]
+        with pytest.raises(ValueError, match="two names of one state"):
+            said(tokens[:, 4:], past_key_values=states[0], cache=states[1])
+    torch.testing.assert_close(model(tokens[:, 4:], cache=_state(model, tokens)).logits, want)
+    inputs = model.prepare_inputs_for_generation(tokens, cache=_state(model, tokens))
+    torch.testing.assert_close(model(**inputs).logits, want)
+
+
+def _state(model, tokens):
+    return model(tokens[:, :4], use_cache=True).past_key_values
