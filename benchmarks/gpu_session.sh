@@ -3,24 +3,28 @@
 # has its own limit, so that one that hangs does not cost the others; records are written row by
 # row, so that one that is stopped keeps what it has.
 #
-#     sh benchmarks/gpu_session.sh PART OUT [SEARCHED]
+#     BMOJO_COMMIT=$(git rev-parse --short HEAD) sh benchmarks/gpu_session.sh PART OUT [SEARCHED]
 #
-#     tests        kernels against float64 and each other                         300 s
-#     model_tests  whole models against float64, in graphs; compute-sanitizer     200 s
+#     tests        kernels against float64 and each other                         220 s
+#     model_tests  whole models against float64, in graphs; compute-sanitizer     220 s
+#     small        convolution against causal-conv1d; small models as graphs      400 s
 #     decode       tokens per second against transformers' Mistral                400 s
+#     recall       what the sweeps have not recorded yet                          300 s
 #     models       training steps of the kinds, mamba-ssm's stack, Mistral        320 s
 #     operations   kernels against mamba-ssm, causal-conv1d, torch's flash        400 s
 #     grouped      the same models with grouped heads; 3b forward                 200 s
 #     all          one after another
 #
 # Records and logs go to OUT (default: results).  Seconds are those of earlier records on an H100,
-# or estimates from them.
+# or estimates from them.  The tests want the card to themselves.
 #
 # SEARCHED (default: .mamba), if it is there, holds packages of mamba-ssm and causal-conv1d: sources,
-# which are built in the background in three to four minutes while other work goes on, or wheels that
-# an earlier part has left in OUT/wheels.  A failed command is reported at the end.
+# which are built in the background in three to four minutes while other work goes on (a quarter of
+# that where their setup.py is left with the one architecture at hand), or wheels that an earlier
+# part has left in OUT/wheels.  A failed command is reported at the end.
 set -u
-part=${1:?one of: tests model_tests decode models operations grouped all}
+parts="tests model_tests small decode recall models operations grouped"
+part=${1:?one of: $parts all}
 out=${2:-results}
 searched=${3:-.mamba}
 python=${PYTHON:-python3}
@@ -61,20 +65,37 @@ installed() { # wait for them; without them the comparisons with mamba-ssm are l
 
 tests() {
     run tests 420 "$python" tests/gpu/record.py --workers 8 --output "$out/gpu_tests.json" \
-        --files $(cd tests/gpu && ls test_*_gpu.py | grep -v model)
+        --files $(cd tests/gpu && ls test_*_gpu.py | grep -v -e model -e decode)
 }
 
 model_tests() {
-    run model_tests 300 "$python" tests/gpu/record.py --workers 8 --files test_model_gpu.py \
-        --output "$out/gpu_tests_models.json"
+    run model_tests 300 "$python" tests/gpu/record.py --workers 8 \
+        --files test_model_gpu.py test_decode_graph_gpu.py --output "$out/gpu_tests_models.json"
     run sanitizer 180 "$python" tests/gpu/record.py --only-sanitize \
         --output "$out/gpu_tests_sanitizer.json"
+}
+
+small() { # the graphs first: causal-conv1d is built meanwhile
+    install
+    run captured 240 "$python" benchmarks/throughput.py --captured --presets 130m 370m \
+        --kinds bmojo transformer hybrid mamba --tokens 32768 --lengths 2048 8192 32768 \
+        --seconds 200 --out "$out/throughput_captured.json"
+    installed
+    run conv 120 "$python" benchmarks/ops_gpu.py --only conv,scalar_scan \
+        --output "$out/benchmark_ops_small.json"
 }
 
 decode() {
     run decode_130m 300 "$python" benchmarks/decode_gpu.py --output "$out/decode_gpu.json"
     run decode_370m 200 "$python" benchmarks/decode_gpu.py --preset 370m --contexts 32768 \
         --kinds bmojo mistral --output "$out/decode_gpu_370m.json"
+}
+
+recall() { # two sweeps beside each other, from and to results/; OUT gets all their records
+    timeout 280 "$python" -m bmojo_core.experiments.external --size gpu &
+    run table3 280 "$python" -m bmojo_core.experiments.table3 --size gpu
+    wait $! || failed="$failed external"
+    tar czf "$out/recall.tar.gz" results/runs/external results/runs/table3
 }
 
 models() {
@@ -107,8 +128,8 @@ grouped() {
 }
 
 case $part in
-tests | model_tests | decode | models | operations | grouped) $part ;;
-all) tests; model_tests; decode; models; operations; grouped ;;
-*) echo "PART is '$part'; allowed: tests model_tests decode models operations grouped all" >&2; exit 2 ;;
+all) for each in $parts; do "$each"; done ;;
+tests | model_tests | small | decode | recall | models | operations | grouped) "$part" ;;
+*) echo "PART is '$part'; allowed: $parts all" >&2; exit 2 ;;
 esac
 [ -z "$failed" ] || { echo "failed:$failed" >&2; exit 1; }

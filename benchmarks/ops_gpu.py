@@ -20,14 +20,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import platform
 import statistics
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-import triton
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,7 +37,7 @@ from bmojo_core.ops import (
     scalar_scan,
     selective_scan,
 )
-from bmojo_core.training import write_json
+from bmojo_core.training import provenance, write_json
 
 SCANS = ((8, 2048, 4096), (1, 16384, 4096), (8, 2048, 1536))
 ATTENTIONS = (  # length, key heads, memory tokens; 16384 tokens, 16 heads of 128, window 512
@@ -398,13 +396,8 @@ def measure(only: set[str], save: Callable[[dict], None]) -> dict:
         ],
     }
     results = dict(
-        device=torch.cuda.get_device_name(),
-        versions=dict(
-            torch=torch.__version__,
-            triton=triton.__version__,
-            cuda=torch.version.cuda,
-            python=platform.python_version(),
-        ),
+        **provenance(),
+        cuda=torch.version.cuda,
         dtype="bfloat16",
         method="medians of 20 device times between events, launches queued ahead",
         copy_tb_per_s=copies / 1e9,

@@ -16,6 +16,7 @@ from bmojo_core.training import (
     learning_rate,
     loop,
     parameter_groups,
+    provenance,
     scored_loss,
     single,
     train,
@@ -220,3 +221,12 @@ def test_chunks_of_one_step_leave_nothing_to_the_next():
             loop._step(single(model), optimizer, batch, scored_loss, recipe, step)
     for a, b in zip(once.parameters(), twice.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+def test_records_say_which_code_ran(monkeypatch):
+    monkeypatch.setenv("BMOJO_COMMIT", "0123abc")  # a copy without its history
+    said = provenance()
+    assert said["commit"] == "0123abc" and said["versions"]["torch"] == torch.__version__
+    monkeypatch.delenv("BMOJO_COMMIT")
+    commit = provenance()["commit"]
+    assert commit is None or set(commit) <= set("0123456789abcdef")

@@ -21,7 +21,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import torch
-import triton
+
+from bmojo_core.training import provenance
 
 HERE = Path(__file__).parent
 STATES = {"failure": "failed", "error": "error", "skipped": "skipped"}
@@ -75,10 +76,7 @@ def main() -> None:
     parser.add_argument("--only-sanitize", action="store_true")
     parser.add_argument("--output", type=Path, default=Path("results/gpu_tests.json"))
     arguments = parser.parse_args()
-    record = dict(
-        device=torch.cuda.get_device_name(),
-        versions=dict(torch=torch.__version__, triton=triton.__version__, cuda=torch.version.cuda),
-    )
+    record = provenance() | dict(cuda=torch.version.cuda)
     if not arguments.only_sanitize:
         record["pytest"] = run_tests(arguments.workers, arguments.files)
     if arguments.sanitize or arguments.only_sanitize:
