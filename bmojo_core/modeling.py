@@ -11,6 +11,8 @@ documents are rearranged when a batch enters and when it leaves (``batches``), s
 
 from __future__ import annotations
 
+import difflib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,9 @@ from bmojo_core.ops.rms_norm import rms_norm
 
 # transformers calls the state ``cache`` from 5.24 on (the old name stays readable there).
 STATE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# What transformers' collators and trainers hand over that is spelt nearly like ours.
+OTHERS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k"})
 
 
 @dataclass
@@ -180,7 +185,11 @@ class BMojoModel(BMojoPreTrainedModel):
         ValueError
             For an empty batch or sequence, ids out of the vocabulary, wrong shapes or dtypes,
             values that are not finite, packed documents with a state.
+        TypeError
+            For a keyword that is nearly one of these.  Others are let pass, as in transformers,
+            whose trainers and collators hand over more than a model reads.
         """
+        _refuse_misspelt(kwargs)
         batches.check_tokens(self.config, input_ids, inputs_embeds)
         h = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
         batches.check_scores(memory_scores, h.shape[:2])
@@ -243,6 +252,16 @@ def _state(past_key_values: BMojoCache | None, cache: BMojoCache | None) -> BMoj
     return cache if past_key_values is None else past_key_values
 
 
+def _refuse_misspelt(kwargs: dict[str, Any]) -> None:
+    """No silence about a mask that is called ``atention_mask``."""
+    if not kwargs or torch.compiler.is_compiling():
+        return
+    known = inspect.signature(BMojoForCausalLM.forward).parameters
+    for name in set(kwargs) - OTHERS:
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.85):
+            raise TypeError(f"unknown keyword {name!r}; did you mean {close[0]!r}?")
+
+
 def _as_dict(config: BMojoConfig, asked: bool | None) -> bool:
     return config.return_dict if asked is None else asked
 
@@ -296,6 +315,7 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
 
         Other parameters as in ``BMojoModel.forward``.
         """
+        _refuse_misspelt(kwargs)
         out = self.model(
             input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, memory_scores,
             position_ids, cu_seqlens, output_hidden_states, return_dict=True, cache=cache,

@@ -11,13 +11,19 @@ is read.  One learning rate serves all rules where rates are not swept, for the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import inspect
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bmojo_core.experiments.command import main
-from bmojo_core.experiments.packed import Job
-from bmojo_core.experiments.sweep import mixers, repeats
+from bmojo_core.experiments.packed import Job, run_jobs
+from bmojo_core.experiments.sweep import mixers, repeats, with_seed
+from bmojo_core.layers.selection import POLICIES
 
 RULES = (
     "innovation", "learned_predictor", "accumulated_attention", "key_diversity", "random", "oracle",
@@ -80,6 +86,62 @@ def jobs(folder: Path, size: str) -> list[Job]:
     s = SIZES[size]
     first = [job(size, f, rule, lr) for lr in s.rates for f in s.tasks for rule in RULES]
     return first + repeats(first, folder, s.seeds)
+
+
+def compare(
+    rules: Iterable[str], folder: str | Path, size: str = "cpu",
+    fillers: Sequence[str] = ("zeros",), seeds: Sequence[int] = (0,), steps: int | None = None,
+    device: str = "cpu",
+) -> dict[tuple[str, str], list[dict[str, Any]]]:  # fmt: skip
+    """Train with each of the rules, a rule of your own among them, and return the records.
+
+    Parameters
+    ----------
+    rules
+        Names of registered policies.
+    folder
+        Of the records, one file a run.  What is there is not run again; a rule whose function has
+        changed is.
+    size, fillers, seeds, steps
+        Of the models and the task, as in this sweep, at the size's first rate; ``steps`` for a
+        shorter run.
+
+    Returns
+    -------
+    records : dict
+        By (filler, rule), one record a seed: ``evaluations`` is the curve of accuracy and of what
+        was kept (`Job`, `run_jobs`).
+
+    Raises
+    ------
+    ValueError
+        For a rule that is not registered.
+    """
+    wanted: dict[tuple[str, str], list[str]] = defaultdict(list)
+    jobs = []
+    for rule in dict.fromkeys(rules):
+        if rule not in POLICIES:
+            raise ValueError(f"rules must be among {sorted(POLICIES)}, got {rule!r}")
+        for filler in fillers:
+            one = job(size, filler, rule, SIZES[size].rates[0])
+            one = replace(one, steps=steps or one.steps, tags={**one.tags, "rule_is": _hash(rule)})
+            every = max(1, one.steps // 6)
+            jobs += [with_seed(replace(one, evaluate_every=every), seed) for seed in seeds]
+            wanted[filler, rule] = [j.name for j in jobs[-len(seeds) :]]
+    run_jobs(jobs, folder, device=device)
+    return {
+        key: [json.loads((Path(folder) / f"{name}.json").read_text()) for name in names]
+        for key, names in wanted.items()
+    }
+
+
+def _hash(rule: str) -> str:
+    """Of the rule's source text, or of its byte code where there is none to be read."""
+    try:
+        text = inspect.getsource(POLICIES[rule]).encode()
+    except (OSError, TypeError):
+        text = POLICIES[rule].__code__.co_code
+    return hashlib.sha256(text).hexdigest()[:8]
 
 
 if __name__ == "__main__":

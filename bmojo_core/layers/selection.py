@@ -95,6 +95,9 @@ ON_DEMAND = frozenset({"past_key_sum", "predictor", "window_mass"})
 def register_policy(name: str, needs: Iterable[str] = ()) -> Callable[[Policy], Policy]:
     """Make a policy available to ``BMojoConfig(selection=name)``.
 
+    A function that is defined again (an edited cell, run once more) takes the place of the one
+    before it.
+
     Parameters
     ----------
     name
@@ -112,12 +115,16 @@ def register_policy(name: str, needs: Iterable[str] = ()) -> Callable[[Policy], 
         raise ValueError(f"needs may hold {sorted(ON_DEMAND)}, got {sorted(needs)}")
 
     def keep(policy: Policy) -> Policy:
-        if POLICIES.get(name, policy) is not policy:
+        if _defined_as(POLICIES.get(name, policy)) != _defined_as(policy):
             raise ValueError(f"selection policy {name!r} is already registered")
         POLICIES[name], NEEDS[name] = policy, frozenset(needs)
         return policy
 
     return keep
+
+
+def _defined_as(policy: Policy) -> tuple[str | None, str | None]:
+    return getattr(policy, "__module__", None), getattr(policy, "__qualname__", None)
 
 
 @register_policy("innovation")
@@ -184,9 +191,41 @@ def oracle(seen: Observed) -> Float[Tensor, "b l"]:
 
 
 def score_tokens(name: str, seen: Observed) -> Float[Tensor, "b l"]:
-    """Scores by the named policy: float32 and outside the graph, for selection has no gradient."""
+    """Scores by the named policy: float32 and outside the graph, for selection has no gradient.
+
+    Raises
+    ------
+    ValueError
+        For a name that is not registered, scores of another shape, and (on a CPU, where asking
+        costs nothing) scores that are nan.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"selection must be one of {sorted(POLICIES)}, got {name!r}")
     with torch.no_grad():
-        return POLICIES[name](seen).detach().float()
+        score = _asked(name, seen).detach().float()
+    if score.shape != seen.y.shape[:2]:
+        raise ValueError(
+            f"selection policy {name!r} must return one score a token, (b, l) = "
+            f"{tuple(seen.y.shape[:2])}, got {tuple(score.shape)}"
+        )
+    if score.device.type == "cpu" and not torch.compiler.is_compiling() and score.isnan().any():
+        raise ValueError(f"selection policy {name!r} must return numbers, got nan")
+    return score
+
+
+def _asked(name: str, seen: Observed) -> Tensor:
+    """The policy's answer; where it stumbles over what it was not given, the error says so."""
+    if torch.compiler.is_compiling():
+        return POLICIES[name](seen)
+    try:
+        return POLICIES[name](seen)
+    except (AttributeError, TypeError) as error:
+        missing = [field for field in sorted(ON_DEMAND) if getattr(seen, field) is None]
+        error.add_note(
+            f"In selection policy {name!r}: {', '.join(missing)} are None unless the policy is "
+            "registered with needs=(...) that names them."
+        )
+        raise
 
 
 def asks_for(selection: str, field: str) -> bool:

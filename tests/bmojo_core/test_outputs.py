@@ -73,3 +73,13 @@ def test_the_state_has_two_names(model):
 
 def _state(model, tokens):
     return model(tokens[:, :4], use_cache=True).past_key_values
+
+
+def test_a_keyword_that_is_nearly_right_is_no_secret(model):
+    tokens = peaky.ids(2, 7)
+    for said in (model, model.model):
+        with pytest.raises(TypeError, match="'atention_mask'; did you mean 'attention_mask'"):
+            said(tokens, atention_mask=torch.ones(2, 7))
+        said(tokens, cu_seq_lens_q=None, max_length_q=3, num_items_in_batch=None)  # transformers'
+    with pytest.raises(TypeError, match="'past_key_value'; did you mean 'past_key_values'"):
+        model(tokens, past_key_value=None)

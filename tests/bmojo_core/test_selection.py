@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from bmojo_core import BMojoConfig, BMojoForCausalLM
+from bmojo_core.inspect import memory_trace
 from bmojo_core.layers.selection import NEEDS, POLICIES, register_policy
 
 
@@ -66,6 +67,57 @@ def test_a_field_that_is_not_on_demand_is_refused():
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="'innovation' is already registered"):
         register_policy("innovation")(lambda seen: seen.position.float())
+
+
+@pytest.fixture
+def rule():
+    """Register a rule called "mine"; it is gone after the test."""
+    yield lambda policy: register_policy("mine")(policy)
+    POLICIES.pop("mine", None), NEEDS.pop("mine", None)
+
+
+def test_a_rule_that_is_defined_again_takes_the_place_of_the_first(rule):
+    def define(sign):
+        def mine(seen):
+            return sign * seen.y.square().mean(-1)
+
+        return mine
+
+    model, kept = peaky.model(selection="innovation", num_layers=1), []
+    for sign in (1, -1):
+        rule(define(sign))
+        model.config.selection = "mine"
+        (trace,) = memory_trace(model, peaky.ids(1, 20))
+        kept.append(trace.remembered())
+    assert kept[0] != kept[1]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (lambda seen: seen.position.float()[:, 1:], r"\(b, l\) = \(2, 9\), got \(2, 8\)"),
+        (lambda seen: seen.position.float()[:1], r"\(b, l\) = \(2, 9\), got \(1, 9\)"),
+        (lambda seen: seen.position / 0 * 0, "must return numbers, got nan"),
+    ],
+)
+def test_scores_that_are_none_are_refused(rule, policy, message):
+    rule(policy)
+    with pytest.raises(ValueError, match=f"selection policy 'mine' .*{message}"):
+        peaky.model(selection="mine")(peaky.ids(2, 9))
+
+
+def test_a_rule_is_told_what_it_did_not_ask_for(rule):
+    rule(lambda seen: seen.past_key_sum.sum((-1, -2)))
+    with pytest.raises(AttributeError) as caught:
+        peaky.model(selection="mine")(peaky.ids(2, 9))
+    assert "past_key_sum" in caught.value.__notes__[0] and "needs=" in caught.value.__notes__[0]
+
+
+def test_a_name_set_on_the_configuration_is_checked_where_it_is_used():
+    model = peaky.model()
+    model.config.selection = "inovation"
+    with pytest.raises(ValueError, match="selection must be one of .*, got 'inovation'"):
+        model(peaky.ids(1, 9))
 
 
 @pytest.mark.parametrize("rule", ["recency", "key_diversity", "random"])
