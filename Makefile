@@ -14,7 +14,7 @@ PLAIN    = @printf '%s\n' 'Without make:' '    $(PYTHON) -m venv .venv && . .ven
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@printf '%s\n' '' 'PYTHON=python3.12 picks the interpreter (3.11 or later), JOBS=4 the number of test processes.'
+	@printf '%s\n' '' 'PYTHON=python3.12 picks the interpreter (3.11 or 3.12), JOBS=4 the number of test processes.'
 
 # ---------------------------------------------------------------- environment
 
@@ -71,7 +71,8 @@ lab: $(NOTEBOOKS) ## open JupyterLab on notebooks/
 
 docs: $(DOCS) ## build the site into out/site, offline
 	$(PLAIN) '    pip install -c constraints.txt -e ".[notebooks,docs]"' \
-	  '    python -m sphinx -W --keep-going -b html -d out/.site/doctrees docs out/.site/html && cp -R out/.site/html out/site' ''
+	  '    python -m sphinx -W --keep-going -b html -d out/.site/doctrees docs out/.site/html' \
+  '    rm -rf out/site && cp -R out/.site/html out/site' ''
 	@$(PY) -m sphinx -q -W --keep-going -b html -d out/.site/doctrees docs out/.site/html
 	@rm -rf out/site && cp -R out/.site/html out/site
 	@echo "The site is in out/site/index.html."
@@ -81,4 +82,4 @@ lint: $(TEST) ## check style and format
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 
 clean: ## remove what tour, docs and test wrote; .venv stays
-	rm -rf out .pytest_cache .hypothesis .ruff_cache
+	rm -rf out docs/api docs/notebooks .pytest_cache .hypothesis .ruff_cache

@@ -308,7 +308,8 @@ class BMojoForCausalLM(BMojoPreTrainedModel, GenerationMixin):
         ----------
         labels
             The token of each column that is kept, -100 where not scored; the model shifts them, so
-            that column t is predicted from columns before it (transformers' convention).  Pads and
+            that column t is predicted from columns before it (transformers' convention; labels of
+            `bmojo_core.tasks` are not to be shifted: `training.scored_loss`).  Pads and
             tokens whose left neighbour is not in their document, or not kept, are never scored.
         logits_to_keep
             Compute logits of the last so many columns only, 0 for all; or indices of columns.

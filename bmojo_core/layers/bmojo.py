@@ -310,7 +310,7 @@ class MemoryAttention(nn.Module):
 
     def _fading_memory(self, tokens: Tensor, at: Tensor, valid: Tensor, details: bool) -> Memory:
         if self.settings.normalize_fading and self.settings.num_fading_tokens:
-            tokens = self.fading_norm(tokens)
+            tokens = self.fading_norm(tokens.to(self.fading_norm.weight.dtype))  # under autocast
         k, v = self.memory_keys_values(tokens, at)
         if not details:
             return Memory(k, v, valid, None, None)

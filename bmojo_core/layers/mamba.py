@@ -146,7 +146,7 @@ class Mamba(nn.Module):
         v, rates = with_map(v, self.x_proj)
         r, B, C = rates.split((self.dt_rank, self.state_size, self.state_size), dim=-1)
         if self.norms is not None:
-            r, B, C = (norm(s) for norm, s in zip(self.norms, (r, B, C), strict=True))
+            r, B, C = (_normed(norm, s) for norm, s in zip(self.norms, (r, B, C), strict=True))
         y, x = self._scan(v, r, B, C, z, state, lengths)
         y = self.out_proj(y)
         if not keep_state:
@@ -180,3 +180,8 @@ class Mamba(nn.Module):
 
 def _scan_dtype(v: Tensor) -> torch.dtype:
     return torch.promote_types(v.dtype, torch.float32)
+
+
+def _normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+    """Under autocast x is narrower than the weight, and torch's fused norm takes one dtype."""
+    return norm(x if norm.weight is None else x.to(norm.weight.dtype))

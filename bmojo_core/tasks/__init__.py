@@ -1,4 +1,9 @@
-"""Tasks whose answers are known: generators of (input_ids, labels)."""
+"""Tasks whose answers are known: generators of (input_ids, labels).
+
+A label stands in the column that must say it, -100 where nothing is asked, which is how
+``training.scored_loss`` and ``training.train`` read it.  ``model(ids, labels=..)`` is no loss for
+these: it shifts its labels, as all transformers models do.
+"""
 
 from bmojo_core.tasks.fuzzy_recall import fuzzy_recall
 from bmojo_core.tasks.induction_heads import induction_heads

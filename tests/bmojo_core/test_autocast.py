@@ -1,8 +1,11 @@
 """Autocast rounds what enters an operation, never what it does inside: float32 stays float32."""
 
+import warnings
+
 import pytest
 import torch
 
+from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.ops import memory_attention, scalar_scan, selective_scan
 
 
@@ -56,3 +59,20 @@ def test_nothing_is_rounded_inside(name):
     for a, want in zip(got, wide, strict=True):
         assert a.dtype == torch.float32
         assert (a.double() - want).norm() < 1e-6 * want.norm()
+
+
+@pytest.mark.parametrize("norms", [None, "learned"])
+def test_no_norm_falls_back_to_a_slow_one(norms):
+    """torch warns where input and weight of a norm differ in dtype, and computes it in pieces."""
+    torch.manual_seed(0)
+    model = BMojoForCausalLM(BMojoConfig.preset("tiny", "bmojo", ssm_norms=norms))
+    ids = torch.randint(0, 256, (2, 40))
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(), torch.autocast("cpu", torch.bfloat16):
+            warnings.simplefilter("error")
+            loss = model(ids, labels=ids).loss
+    finally:
+        torch.set_warn_always(False)
+    wide = model(ids, labels=ids).loss
+    assert abs(loss - wide) < 0.02 * wide
