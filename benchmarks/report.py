@@ -380,6 +380,19 @@ def recall() -> str:
     )  # fmt: skip
 
 
+AGAIN = """## Making them again
+
+On a CPU with nothing else to do: `python benchmarks/realization.py`, `realization_hankel.py`,
+`scan_cpu.py`, `decode.py` and `dispatch.py`; each says with `--help` where it writes.
+
+On a GPU: `sh benchmarks/gpu_session.sh PART again` writes the records of one part (its head lists
+them: tests, operations, models, decoding) into a folder `again`. The GPU tests alone are
+`python tests/gpu/record.py --workers 8 --output again/gpu_tests.json`, or `pytest tests/gpu`.
+
+Recall: `python -m bmojo_core.experiments.NAME --size gpu --results again`, where NAME is figure2,
+figure2_random, wiring, policies, harder, table3 or external; `--list` says what it would run."""
+
+
 def page() -> str:
     """The whole page."""
     head = (
@@ -389,7 +402,7 @@ def page() -> str:
         "each. Some CPU records were taken on a busy machine: read ratios, not times.\n\n"
     )
     parts = theory(), laptop(), kernels(), models(), decoding(), recall()
-    return head + "\n\n".join(part for part in parts if part) + "\n"
+    return head + "\n\n".join([part for part in parts if part] + [AGAIN]) + "\n"
 
 
 if __name__ == "__main__":
