@@ -2,9 +2,10 @@
 
     y_t = act( sum_{j=1..k} weight_j x_{t-k+j} + bias )
 
-Every input is read once and every output written once, so the time is that of the bytes. The
-gradients of ``weight`` and ``bias`` are summed tile by tile in a fixed order: two runs give the
-same bits. The kernels are in ``conv.cu``; they are compiled when first used (``ops/_nvrtc.py``).
+Every input is read once (but for the k-1 rows that neighbouring tiles share) and every output
+written once. The gradients of ``weight`` and ``bias`` are summed tile by tile in a fixed order: two
+runs give the same bits. The kernels are in ``conv.cu``; they are compiled when first used
+(``ops/_nvrtc.py``).
 
 x (b, l, d); weight (d, k); bias (d,); initial_state (b, k-1, d): the k-1 inputs before x.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float
@@ -20,13 +22,14 @@ from torch import Tensor
 
 from .. import _nvrtc
 
-THREADS = 128
-WIDTH = 8  # bytes; wider rows leave too few registers to wait for memory with
+THREADS = 128  # as in the source
+WIDTH = 8  # bytes a thread moves; wider rows leave too few registers to wait for memory with
 MOST_TAPS = 32
-FULL_CHIP = 128 * 1024  # threads that hide the latency of memory
+SHORTEST = 16  # steps a thread walks at least: it reads k-1 more
+FULL = 0.9  # a wave that fills so much of the chip is full enough
 ELEMENT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-_POINTERS = (*("x", "initial", "dy", "weight", "bias", "y", "dx", "dinitial", "partial"),)
+_POINTERS = (*("x", "dy", "initial", "weight", "bias", "y", "dx", "dinitial", "partial"),)
 _STRIDES = ("x_b", "x_l", "dy_b", "dy_l")
 _SIZES = ("b", "l", "d", "tile", "tiles")
 
@@ -42,6 +45,22 @@ class Params(ctypes.Structure):
 
 
 @dataclass(frozen=True)
+class Residency:
+    """What a pass asks of a multiprocessor.
+
+    ``ahead`` rows of a thread are on their way at once; registers are cut so that ``blocks`` blocks
+    fit (for up to four taps, the filters of sequence models; others take the registers they need).
+    Both kept in registers without spilling, by the compiler's word for sm_90.
+    """
+
+    ahead: int
+    blocks: int
+
+
+FORWARD, BACKWARD = Residency(ahead=8, blocks=5), Residency(ahead=6, blocks=4)
+
+
+@dataclass(frozen=True)
 class _Call:
     b: int
     l: int
@@ -50,15 +69,16 @@ class _Call:
     silu: bool
     dtype: torch.dtype
     device: torch.device
-    tile: int
 
-    @property
-    def tiles(self) -> int:
-        return -(-self.l // self.tile)
+    def tile(self, residency: Residency, vector: int) -> int:
+        """Steps a thread walks in a pass, by the chip at hand."""
+        resident = THREADS * residency.blocks * _multiprocessors(self.device.index)
+        return _tile(self.l, max(1, self.b * (self.d // vector)), resident)
 
-    def launch(self, kernel: str, tensors: dict[str, Tensor | None]) -> None:
-        vector = _vector(self.d, tensors)
-        params = Params(b=self.b, l=self.l, d=self.d, tile=self.tile, tiles=self.tiles)
+    def launch(
+        self, kernel: str, tensors: dict[str, Tensor | None], vector: int, tile: int
+    ) -> None:
+        params = Params(b=self.b, l=self.l, d=self.d, tile=tile, tiles=-(-self.l // tile))
         for name, tensor in tensors.items():
             if tensor is None:
                 continue
@@ -72,30 +92,44 @@ class _Call:
             ("VECTOR", str(vector)),
             ("SILU", str(int(self.silu))),
         )
+        for name, asked in (("FORWARD", FORWARD), ("BACKWARD", BACKWARD)):
+            blocks = asked.blocks if self.taps <= 4 else 1
+            defines += ((f"{name}_AHEAD", str(asked.ahead)), (f"{name}_BLOCKS", str(blocks)))
         source = _nvrtc.read_source("_intrinsics.cu", "causal_conv/conv.cu")
         module = _nvrtc.load(source, defines, self.device.index)
-        threads = self.b * self.tiles * (self.d // vector)
+        threads = self.b * params.tiles * (self.d // vector)
+        if threads == 0:
+            return
         module.launch(kernel, (-(-threads // THREADS), 1, 1), THREADS, 0, params)
 
 
-def _vector(d: int, tensors: dict[str, Tensor | None]) -> int:
-    """Channels a thread moves at once: eight bytes if every row of every tensor allows it."""
-    for name, x in tensors.items():
-        if x is None or name in ("weight", "bias", "partial"):
-            continue
-        size = x.element_size()
-        steps = (x.data_ptr(), x.stride(0) * size, x.stride(1) * size, d * size)
-        if any(step % WIDTH for step in steps):
-            return 1
-    return WIDTH // tensors["x"].element_size()
+def _vector(taps: int, d: int, *rows: Tensor) -> int:
+    """Channels a thread moves at once: eight bytes, if every row of every tensor allows it and the
+    filter leaves the registers."""
+    size = rows[0].element_size()
+    most = 4 if taps <= 8 else 2 if taps <= 16 else 1
+    vector = min(WIDTH // size, most)
+    steps = [d, *(s for x in rows for s in (x.data_ptr() // size, x.stride(0), x.stride(1)))]
+    return 1 if any(step % vector for step in steps) else vector
 
 
-def _tile(b: int, l: int, d: int, element_size: int) -> int:
-    """Steps a thread walks: long enough to share little, short enough to fill the chip."""
-    tile = 128
-    while tile > 16 and b * -(-l // tile) * d * element_size // WIDTH < FULL_CHIP:
-        tile //= 2
-    return tile
+def _tile(l: int, lanes: int, resident: int) -> int:
+    """Steps a thread walks, for ``lanes`` threads a tile and ``resident`` threads at once.
+
+    As few waves of threads as leave the chip full, up to three, and as few tiles.
+    """
+    found = (0.0, 1)
+    for waves in (1, 2, 3):
+        tiles = max(1, min(waves * resident // lanes, l // SHORTEST))
+        found = max(found, (tiles * lanes / (waves * resident), tiles), key=lambda f: f[0])
+        if found[0] >= FULL:
+            break
+    return -(-l // found[1])
+
+
+@lru_cache(maxsize=16)
+def _multiprocessors(device: int | None) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -110,13 +144,15 @@ class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, initial, silu):
         (b, l, d), k = x.shape, weight.shape[1]
-        tile = _tile(b, l, d, x.element_size())
-        call = _Call(b, l, d, k, silu, x.dtype, x.device, tile)
+        call = _Call(b, l, d, k, silu, x.dtype, x.device)
         x = _rows(x)
-        start = None if initial is None else initial.detach().to(x.dtype).contiguous()
         y = torch.empty(b, l, d, dtype=x.dtype, device=x.device)
+        start = _float(initial)
+        if start is not None and start.data_ptr() % 16:
+            start = start.clone()  # rows are read four channels at a time
         tensors = dict(x=x, weight=_float(weight), bias=_float(bias), initial=start)
-        call.launch("conv_forward", tensors | dict(y=y))
+        vector = _vector(k, d, x)
+        call.launch("conv_forward", tensors | dict(y=y), vector, call.tile(FORWARD, vector))
         ctx.call = call
         ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias, initial)]
         ctx.save_for_backward(*tensors.values())
@@ -127,19 +163,21 @@ class _CausalConv(torch.autograd.Function):
     def backward(ctx, dy):
         call = ctx.call
         tensors = dict(zip(("x", "weight", "bias", "initial"), ctx.saved_tensors))
-        x, initial = tensors["x"], tensors["initial"]
-        shape = (call.b * call.tiles, call.d, call.taps + 1)
+        x, initial, dy = tensors["x"], tensors["initial"], _rows(dy)
+        vector = _vector(call.taps, call.d, x, dy)
+        tile = call.tile(BACKWARD, vector)
+        parts = call.b * -(-call.l // tile)
         gradients = dict(
-            dy=_rows(dy),
+            dy=dy,
             dx=torch.empty(call.b, call.l, call.d, dtype=x.dtype, device=x.device),
             dinitial=None if initial is None else torch.empty_like(initial),
-            partial=torch.empty(shape, device=x.device),
+            partial=torch.empty(parts, call.taps + 1, call.d, device=x.device),
         )
-        call.launch("conv_backward", tensors | gradients)
+        call.launch("conv_backward", tensors | gradients, vector, tile)
         total = gradients["partial"].sum(0)
         weight_type, bias_type, initial_type = ctx.dtypes
-        dweight = total[:, : call.taps].to(weight_type)
-        dbias = None if bias_type is None else total[:, call.taps].to(bias_type)
+        dweight = total[: call.taps].t().to(weight_type)
+        dbias = None if bias_type is None else total[call.taps].to(bias_type)
         dinitial = None if initial_type is None else gradients["dinitial"].to(initial_type)
         return gradients["dx"], dweight, dbias, dinitial, None
 
