@@ -212,7 +212,7 @@ def check_tokens(
     input_ids: Shaped[Tensor, "*i"] | None,
     inputs_embeds: Shaped[Tensor, "*e"] | None,
 ) -> None:
-    """Exactly one of ids and embeddings, not empty, in the vocabulary, finite.
+    """Exactly one of ids and embeddings: a tensor, not empty, in the vocabulary, finite.
 
     Values are looked at on the CPU only: on an accelerator that would wait for the device.
 
@@ -226,6 +226,7 @@ def check_tokens(
     name, x, axes = ("input_ids", input_ids, "(b, l)")
     if input_ids is None:
         name, x, axes = "inputs_embeds", inputs_embeds, f"(b, l, {config.hidden_size})"
+    _check_tensor(name, x)
     if x.ndim != axes.count(",") + 1 or 0 in x.shape[:2] or (
         input_ids is None and x.shape[2] != config.hidden_size
     ):  # fmt: skip
@@ -246,13 +247,14 @@ def check_tokens(
 
 
 def check_labels(config: BMojoConfig, labels: Tensor, shape: tuple[int, int]) -> None:
-    """Labels (b, l): tokens of the vocabulary, or -100 where not scored.
+    """Labels (b, l), a tensor: tokens of the vocabulary, or -100 where not scored.
 
     Raises
     ------
     ValueError
         Otherwise.
     """
+    _check_tensor("labels", labels)
     if tuple(labels.shape) != tuple(shape):
         raise ValueError(f"labels must be (b, l) = {tuple(shape)}, got {tuple(labels.shape)}")
     if labels.dtype != torch.int64:
@@ -291,6 +293,12 @@ def check_output(h: Float[Tensor, "b l d"], named_parameters: Any) -> None:
     broken = [name for name, p in named_parameters if not bool(p.isfinite().all())]
     where = f"weights {broken[:3]} hold NaN or infinity" if broken else "an activation overflowed"
     raise ValueError(f"the model's output must be finite, got NaN or infinity: {where}")
+
+
+def _check_tensor(name: str, x: Any) -> None:
+    """Before anything else is asked: a NumPy array's int64 would be refused as no int64."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a torch tensor, got {type(x).__name__}")
 
 
 def _check_range(name: str, ids: Tensor, vocab_size: int) -> None:

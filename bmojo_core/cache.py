@@ -146,8 +146,12 @@ class BMojoCache:
         self.states = states
 
     def own(self) -> None:
-        """Make sure that writing here is seen by no fork: copy what is shared."""
-        if self._shared:
+        """Make sure that writing here is seen by no fork, and allowed: copy what is not ours.
+
+        What was made in inference mode may be written in inference mode only.
+        """
+        kept = self.position is not None and self.position.is_inference()
+        if self._shared or (kept and not torch.is_inference_mode_enabled()):
             self._take(self.map(Tensor.clone))
 
     # -- copies, beams, places --------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Each command reads its input, calls one public function and writes what it says it writes.  Exit
 codes: 0 done; 1 the run failed (a full disk, a loss that is not finite); 2 the input is wrong;
 130 stopped by Ctrl-C (training then leaves a checkpoint, and the same command goes on from it).
+Where nobody reads on (``bmojo inspect .. | head``) a command ends without a word, with 1.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def plain_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*arguments, **options)
         except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
             _fail(error, WRONG_INPUT)
+        except BrokenPipeError:
+            raise  # typer ends quietly: the reader of our output has seen enough
         except (OSError, FloatingPointError) as error:
             _fail(error, FAILED)
         except KeyboardInterrupt as error:
@@ -167,7 +170,7 @@ def evaluate(
     else:
         from bmojo_core.evaluation.harness import run_tasks
 
-        found = run_tasks(folder, tasks.split(","), task_folder, limit)
+        found = run_tasks(_with_weights(folder), tasks.split(","), task_folder, limit)
     if output is not None:
         from bmojo_core.training import write_json
 
@@ -290,7 +293,12 @@ def info(
     if model in PRESETS:
         config = BMojoConfig.preset(model, kind)
     else:
-        config = BMojoConfig.from_pretrained(_saved(Path(model)), local_files_only=True)
+        if not _is_saved(Path(model)):
+            raise ValueError(
+                f"model must be a preset ({', '.join(PRESETS)}) or a folder with a config.json, "
+                f"got {model!r}"
+            )
+        config = BMojoConfig.from_pretrained(Path(model), local_files_only=True)
     typer.echo(_summary(config))
     state = state_bytes(config, dtype=torch.bfloat16, read=length)
     typer.echo(f"state of a row after {length} tokens, bfloat16: {_bytes(state)}")
@@ -317,16 +325,27 @@ def _bytes(value: float) -> str:
     raise AssertionError("unreachable")
 
 
-def _saved(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} is neither a preset nor a folder with a config.json")
+def _is_saved(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def _with_weights(folder: Path) -> Path:
+    """The folder, if a model was saved there; a preset has sizes alone."""
+    if not _is_saved(folder):
+        reason = ""
+        if str(folder) in PRESETS:
+            reason = ", a preset, which has sizes but no weights: train it first ('bmojo train')"
+        raise ValueError(
+            f"folder must be one that save_pretrained has written, with a config.json, "
+            f"got {str(folder)!r}{reason}"
+        )
     return folder
 
 
 def _load(folder: Path) -> BMojoForCausalLM:
     """A saved model, from safetensors alone: nothing is unpickled, nothing downloaded."""
     model = BMojoForCausalLM.from_pretrained(
-        _saved(folder), use_safetensors=True, local_files_only=True
+        _with_weights(folder), use_safetensors=True, local_files_only=True
     )
     return model.to(_device()).eval()
 

@@ -99,16 +99,20 @@ class DecodeGraph:
     @torch.no_grad()
     def _capture(self, what: Known) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """The step's graph, and where it leaves its logits."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with known(what), torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        with (
+            torch.cuda.device(self.token.device),  # streams and launches go where the model is
+            known(what),
+            torch._dynamo.config.patch(recompile_limit=VARIANTS),
+        ):
+            stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UPS):
                     copy = self.cache.map(Tensor.clone)
                     step_in_place(self.model, self.token, copy, self.sublayer)
-            torch.cuda.current_stream().wait_stream(stream)
+            current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, stream=stream):  # its own default is one device's
                 logits = step_in_place(self.model, self.token, self.cache, self.sublayer)
         return graph, logits
 

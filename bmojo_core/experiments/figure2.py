@@ -9,8 +9,6 @@ are the accuracies of the same models at 16, 32 and 64 pairs; panel 4 varies the
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -96,7 +94,4 @@ def jobs(results: str | Path) -> list[Job]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--results", default="results")
-    command("figure2", jobs(parser.parse_known_args(sys.argv[1:])[0].results),
-            __doc__.splitlines()[0])  # fmt: skip
+    command("figure2", jobs, __doc__.splitlines()[0])

@@ -69,4 +69,4 @@ def _job(variant: str, task: dict[str, Any], filler: str, seed: int, steps: int)
 
 
 if __name__ == "__main__":
-    command("wiring", jobs(), __doc__.splitlines()[0])
+    command("wiring", lambda _: jobs(), __doc__.splitlines()[0])

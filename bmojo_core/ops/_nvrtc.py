@@ -129,7 +129,8 @@ class Module:
             function = ctypes.c_void_p()
             status = driver.cuModuleGetFunction(ctypes.byref(function), self.handle, name.encode())
             _check_driver(status, f"looking up kernel {name}")
-            self.functions[name], self.shared[name] = function, DEFAULT_SHARED_BYTES
+            self.shared[name] = DEFAULT_SHARED_BYTES  # first: another thread may be here, too
+            self.functions[name] = function
         if shared_bytes > self.shared[name]:
             status = driver.cuFuncSetAttribute(
                 self.functions[name], MAX_DYNAMIC_SHARED_BYTES, ctypes.c_int(shared_bytes)

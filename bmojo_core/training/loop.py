@@ -15,8 +15,9 @@ asked.  (transformers shifts labels inside the model; the tasks here need no shi
 from __future__ import annotations
 
 import math
+import numbers
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,17 +94,32 @@ class Recipe:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "accumulate": 1, "horizon": 1, "chunk": 0, "checkpoint_every": 0}
+        least |= {"evaluate_every": 0, "seed": -math.inf}
         for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be at least {bound}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not _is_number(value, numbers.Integral):
+                raise ValueError(f"{name} must be an integer, got {value!r}")
+            if value < bound:
+                raise ValueError(f"{name} must be at least {bound}, got {value}")
         for name in ("lr_ssm", "lr_attention", "clip"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup must be in [0, 1), got {self.warmup}")
+            if not (_is_number(value) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be positive and finite, got {value!r}")
+        for name in ("floor", "weight_decay"):
+            value = getattr(self, name)
+            if not (_is_number(value) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be at least 0 and finite, got {value!r}")
+        if not (_is_number(self.warmup) and 0 <= self.warmup < 1):
+            raise ValueError(f"warmup must be in [0, 1), got {self.warmup!r}")
+        if self.stop_at is not None and not _is_number(self.stop_at):
+            raise ValueError(f"stop_at must be a number or None, got {self.stop_at!r}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
+
+
+def _is_number(value: object, kind: type = numbers.Real) -> bool:
+    """Whether a value is a number of a kind, NumPy's included; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -153,8 +169,8 @@ def train(
     Parameters
     ----------
     batch
-        Examples of step s (counted from 1 over all batches, accumulated ones included).  Every
-        rank is given all of them and takes its own rows.
+        Function that returns the examples (input_ids, labels) of step s (counted from 1 over all
+        batches, accumulated ones included).  Every rank is given all and takes its own rows.
     evaluate
         Metrics of the model, on data of its own; every rank computes them.
     loss
@@ -173,10 +189,17 @@ def train(
     FloatingPointError
         When the loss is not finite: says the step and the largest gradient before it.
     ValueError
-        When the folder's checkpoint is damaged or belongs to another recipe.
+        When the folder's checkpoint is damaged or belongs to another recipe; when ``batch`` is no
+        function or returns what is no pair of tensors, or, for ``scored_loss``, labels of another
+        shape than the ids or nothing but -100; when the recipe asks for what is not given.
     OSError
         When a checkpoint cannot be written; those already there are untouched.
     """
+    if not callable(batch):
+        raise ValueError(
+            "batch must be a function of the step that returns (input_ids, labels), got "
+            f"{type(batch).__name__}"
+        )
     if recipe.checkpoint_every and folder is None:
         raise ValueError("checkpoint_every needs a folder")
     if recipe.chunk and loss is not scored_loss:
@@ -184,7 +207,8 @@ def train(
     torch.manual_seed(recipe.seed)
     engine = engine or single(model)
     if recipe.recompute:
-        model.gradient_checkpointing_enable()
+        newer = getattr(model, "activation_checkpointing_enable", None)  # where the other warns
+        (newer or model.gradient_checkpointing_enable)()
     optimizer = adamw(engine.model, recipe.lr_ssm, recipe.lr_attention, recipe.weight_decay)
     begun = time.perf_counter()
     first, losses, evaluations = _resume(folder, engine.model, optimizer, recipe)
@@ -230,7 +254,8 @@ def _step(engine: Engine, optimizer, batch, loss, recipe: Recipe, step: int) -> 
     """One optimiser step; the mean loss of its batches."""
     total, readings = 0.0, 0
     for part in range(recipe.accumulate):
-        share = engine.share(*batch((step - 1) * recipe.accumulate + part + 1))
+        number = (step - 1) * recipe.accumulate + part + 1
+        share = engine.share(*_checked(batch(number), number, aligned=loss is scored_loss))
         weight, last = share.weight / recipe.accumulate, part == recipe.accumulate - 1
         zero = (lambda: optimizer.zero_grad(set_to_none=True)) if part == 0 else (lambda: None)
         readings += -(-share.input_ids.shape[1] // recipe.chunk) if recipe.chunk else 1
@@ -243,6 +268,33 @@ def _step(engine: Engine, optimizer, batch, loss, recipe: Recipe, step: int) -> 
     torch.nn.utils.clip_grad_norm_(engine.model.parameters(), recipe.clip)
     optimizer.step()
     return engine.mean(total)
+
+
+def _checked(given: Any, number: int, aligned: bool) -> Batch:
+    """What ``batch(number)`` gave, if it can be trained on.
+
+    Only where labels are ``aligned`` with the columns does their shape say anything, and does a
+    batch of -100 teach nothing (its mean loss is 0 / 0): a loss of the caller's own may read them
+    otherwise.
+    """
+    pair = tuple(given) if isinstance(given, Iterable) else ()
+    if len(pair) != 2 or not all(isinstance(x, Tensor) for x in pair):
+        held = [type(x).__name__ for x in pair[:3]] + [".."] * (len(pair) > 3)
+        what = type(given).__name__ + (f" of {', '.join(held)}" if held else "")
+        raise ValueError(
+            f"batch({number}) must be a pair of tensors (input_ids, labels), got {what}"
+        )
+    input_ids, labels = pair
+    if aligned and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels of batch({number}) must have the shape of its input_ids, "
+            f"{tuple(input_ids.shape)}, got {tuple(labels.shape)}"
+        )
+    if aligned and not bool((labels != IGNORED).any()):
+        raise ValueError(
+            f"labels of batch({number}) must score at least one column, got only {IGNORED}"
+        )
+    return input_ids, labels
 
 
 def _average_own_losses(model: torch.nn.Module, readings: int) -> None:

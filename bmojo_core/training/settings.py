@@ -10,6 +10,7 @@ A key that is not known is refused with the nearest known one.
 from __future__ import annotations
 
 import difflib
+import inspect
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -21,6 +22,7 @@ from bmojo_core.training.loop import Recipe
 
 Part = TypeVar("Part")
 PARTS = ("model", "data", "training")
+ABOVE_THE_FIELDS = ("preset", "kind")  # keys of the part model that choose BMojoConfig's fields
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,22 @@ def _model(keys: dict[str, Any]) -> BMojoConfig:
     kind, preset = sizes.pop("kind", "bmojo"), sizes.pop("preset", None)
     if kind not in KINDS:
         raise ValueError(f"model.kind must be one of {KINDS}, got {kind!r}")
+    _refuse_misspelt(sizes)
     try:
         if preset is not None:
             return BMojoConfig.preset(preset, kind, **sizes)
         return getattr(BMojoConfig, kind)(**sizes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model: {error}") from error
+
+
+def _refuse_misspelt(sizes: dict[str, Any]) -> None:
+    """A key that was to be ``preset`` or ``kind``: the configuration knows neither to suggest."""
+    fields_of_config = set(inspect.signature(BMojoConfig.__init__).parameters)
+    for key in sizes.keys() - fields_of_config:
+        near = difflib.get_close_matches(str(key), {*fields_of_config, *ABOVE_THE_FIELDS}, 1)
+        if near and near[0] in ABOVE_THE_FIELDS:
+            raise ValueError(f"model: unknown configuration key {key!r}; did you mean {near[0]!r}?")
 
 
 def _part(kind: type[Part], keys: dict[str, Any], where: str) -> Part:

@@ -1,5 +1,6 @@
 """What a model refuses: every message names the argument, what was given, what is allowed."""
 
+import numpy as np
 import peaky
 import pytest
 import torch
@@ -19,6 +20,9 @@ def model():
         ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"b >= 1.*got shape \(0, 4\)"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, r"l >= 1, got shape \(2, 0\)"),
         ({"input_ids": torch.zeros(4, dtype=torch.long)}, r"\(b, l\).*got shape \(4,\)"),
+        ({"input_ids": np.zeros((1, 3), int)}, "input_ids must be a torch tensor, got ndarray"),
+        ({"input_ids": [[1, 2, 3]]}, "input_ids must be a torch tensor, got list"),
+        ({"inputs_embeds": np.zeros((1, 3, 16))}, "inputs_embeds must be a torch tensor, got nda"),
         ({"input_ids": torch.zeros(1, 4)}, "int64 or int32, got torch.float32"),
         ({"input_ids": torch.tensor([[1, 23]])}, r"0\.\.22 \(vocab_size 23\).* from 1 to 23"),
         ({"input_ids": torch.tensor([[1, -1]])}, "values from -1 to 1"),
@@ -41,6 +45,8 @@ def test_tokens(model, inputs, message):
         ("attention_mask", torch.ones(1, 4), "attention_mask must be"),
         ("attention_mask", torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0]]), "at least one token in"),
         ("labels", torch.zeros(2, 3, dtype=torch.long), r"labels must be \(b, l\) = \(2, 4\)"),
+        ("labels", np.zeros((2, 4), int), "labels must be a torch tensor, got ndarray"),
+        ("labels", [[0] * 4] * 2, "labels must be a torch tensor, got list"),
         ("labels", torch.zeros(2, 4), "labels must be int64, got torch.float32"),
         ("labels", torch.full((2, 4), 23), r"labels must be in 0\.\.22.* got values from 23"),
         ("labels", torch.full((2, 4), -1), "labels must be in .* got values from -1"),

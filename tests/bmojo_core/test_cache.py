@@ -252,3 +252,18 @@ def test_a_stack_without_memory_counts_what_it_read():
     _, cache = step(model, peaky.ids(2, 5)[:, :3])
     assert cache.position.tolist() == [3, 3]
     torch.testing.assert_close(step(model, peaky.ids(2, 5)[:, 3:], cache)[0], whole[:, 3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_read_in_inference_mode_can_be_gone_on_from(dtype):
+    """What was made there may not be written elsewhere, so the state is copied once."""
+    model, ids = peaky.model().to(dtype), peaky.ids(2, 16)
+    with torch.inference_mode():
+        cache = model(ids[:, :12], use_cache=True).past_key_values
+        want = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+                for t in range(12, 16)]  # fmt: skip
+        cache = model(ids[:, :12], use_cache=True).past_key_values
+    with torch.no_grad():
+        got = [model(ids[:, t : t + 1], past_key_values=cache, use_cache=True).logits
+               for t in range(12, 16)]  # fmt: skip
+    torch.testing.assert_close(got, want)

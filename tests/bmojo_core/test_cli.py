@@ -1,5 +1,6 @@
 """The command: what it writes, what it says, and the exit code when it cannot."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import yaml
 from typer.testing import CliRunner
 
 from bmojo_core import BMojoConfig, BMojoForCausalLM, cli
+from bmojo_core.config import PRESETS
 from bmojo_core.evaluation.positions import perplexity_by_position
 from bmojo_core.training import loop
 from bmojo_core.training.checkpoint import checkpoints
@@ -111,6 +113,11 @@ def test_ctrl_c_leaves_a_checkpoint_that_resumes(tmp_path, monkeypatch, number):
     ("changes", "says"),
     [
         ({"model": {"windows": 3}}, "model: unknown configuration key 'windows'; did you mean"),
+        (
+            {"model": {"prest": "tiny"}},
+            "model: unknown configuration key 'prest'; did you mean 'preset'?",
+        ),
+        ({"model": {"kimd": "mamba"}}, "unknown configuration key 'kimd'; did you mean 'kind'?"),
         ({"model": {"kind": "lstm"}}, "model.kind must be one of"),
         ({"training": {"lr": 1}}, "unknown key 'lr' in training"),
         ({"training": {"step": 1}}, "unknown key 'step' in training; did you mean 'steps'?"),
@@ -228,6 +235,40 @@ def test_info_counts(model_folder):
     assert preset.exit_code == 0 and "training on 8 GPUs, 4 x 2048 tokens each" in preset.output
     total = training_memory(BMojoConfig.preset("1.4b"), 8, 4, 2048).total
     assert f"{total / 2**30:.2f} GiB" in preset.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("generate", "tiny", "hi"), ("inspect", "tiny", "hi"), ("eval", "tiny", "--tasks", "x"),
+     ("eval", "tiny", "--text", "x")],
+)  # fmt: skip
+def test_a_preset_is_no_folder_of_weights(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.exit_code == 2 and "got 'tiny', a preset, which has sizes but no weights" in (
+        result.stderr
+    )
+    (tmp_path / "other").mkdir()
+    result = run(arguments[0], "other", *arguments[2:])
+    assert result.exit_code == 2 and "folder must be one that save_pretrained" in result.stderr
+    assert "preset" not in result.stderr
+
+
+def test_info_lists_the_presets():
+    result = run("info", "2b")
+    assert result.exit_code == 2 and "got '2b'" in result.stderr
+    assert f"a preset ({', '.join(PRESETS)}) or a folder" in result.stderr
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(monkeypatch):
+    """As in ``bmojo inspect .. | head``: quietly, and not as if all had been written."""
+
+    def closed(*arguments, **options):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_summary", closed)
+    result = run("info", "tiny")
+    assert result.exit_code == 1 and result.output == ""
 
 
 @pytest.mark.parametrize("command", ["train", "eval", "generate", "convert", "inspect", "info"])

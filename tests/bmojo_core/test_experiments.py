@@ -10,8 +10,17 @@ import torch.nn.functional as F
 
 from bmojo_core import BMojoConfig, BMojoForCausalLM
 from bmojo_core.evaluation import accuracy_per_example, recall_accuracy
-from bmojo_core.experiments import external, figure2, harder, policies, table3, wiring
-from bmojo_core.experiments.command import collect
+from bmojo_core.experiments import command as sweep_command
+from bmojo_core.experiments import (
+    external,
+    figure2,
+    figure2_random,
+    harder,
+    policies,
+    table3,
+    wiring,
+)
+from bmojo_core.experiments.command import collect, results_folder
 from bmojo_core.experiments.packed import Job, _Running, build, load_records, run_jobs, state_bytes
 from bmojo_core.experiments.recall_data import make_pool
 from bmojo_core.experiments.sweep import repeats
@@ -207,6 +216,88 @@ def test_collect_takes_the_sweeps_own_records(tmp_path, capsys):
     content = json.loads(collect("x", jobs, tmp_path).read_text())
     assert content["jobs"] == 2 and len(content["runs"]) == 1
     assert "1 of 2 runs" in capsys.readouterr().out
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A working directory apart from a checkout; sweeps are called as from the shell there."""
+    package = tmp_path / "checkout" / "bmojo_core"
+    (package.parent / "results").mkdir(parents=True)
+    (package.parent / "pyproject.toml").touch()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    find = results_folder
+    monkeypatch.setattr(sweep_command, "results_folder", lambda: find(package))
+
+    def call(function, jobs, *arguments):
+        monkeypatch.setattr("sys.argv", ["sweep", *arguments])
+        function("x", jobs, "A sweep.")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--shard", "3"], "--shard: must be i/n with 0 <= i < n, got '3'"),
+        (["--shard", "3/0"], "got '3/0'"),
+        (["--shard=-1/2"], "got '-1/2'"),
+        (["--shard", "2/2"], "got '2/2'"),
+        (["--shard", "a/b"], "got 'a/b'"),
+        (["--only", "nomatch"], "--only: must be part of a job's name, such as bmojo-"),
+        (["--only", "nomatch", "--collect"], "none of 2 jobs is named so, got 'nomatch'"),
+    ],
+)
+@pytest.mark.parametrize("function", [sweep_command.main, sweep_command.command])
+def test_a_choice_of_no_jobs_is_refused_and_writes_nothing(
+    elsewhere, tmp_path, capsys, function, arguments, says
+):
+    def jobs(folder, size="cpu"):
+        return [job(), job(seed=1)]
+
+    with pytest.raises(SystemExit) as ended:
+        elsewhere(function, jobs, *arguments)
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+    assert not list((tmp_path / "here").iterdir())
+    assert not list((tmp_path / "checkout" / "results").iterdir())
+
+
+def test_a_size_without_jobs_is_refused_but_collected_with_the_other(elsewhere, tmp_path, capsys):
+    results = tmp_path / "checkout" / "results"
+    with pytest.raises(SystemExit) as ended:
+        elsewhere(sweep_command.main, figure2_random.jobs)
+    assert ended.value.code == 2 and not list(results.iterdir())
+    assert "--size: must be a size of which x has jobs (gpu), got 'cpu'" in capsys.readouterr().err
+    elsewhere(sweep_command.main, figure2_random.jobs, "--collect")
+    assert json.loads((results / "x.json").read_text())["jobs"] == 45
+
+
+@pytest.mark.parametrize("function", [sweep_command.main, sweep_command.command])
+def test_a_sweep_finds_the_checkouts_records_from_any_folder(elsewhere, tmp_path, capsys, function):
+    results, asked = tmp_path / "checkout" / "results", []
+
+    def jobs(folder, size="cpu"):
+        asked.append(str(folder))
+        return [job(seed=0 if size == "cpu" else 1)]
+
+    run_jobs(jobs("given"), results / "runs" / "x", say=lambda line: None)
+    elsewhere(function, jobs, "--shard", "0/1", "--only", "bmojo")
+    said = capsys.readouterr().out
+    assert "1 jobs, 1 here, 0 to run" in said and f"records in {results / 'runs' / 'x'}" in said
+    assert len(json.loads((results / "x.json").read_text())["runs"]) == 1
+    assert not list((tmp_path / "here").iterdir())
+    assert all(place.startswith(str(results)) for place in asked[1:])
+    elsewhere(function, jobs, "--list", "--results", "mine")
+    assert "1 to run" in capsys.readouterr().out and asked[-1].startswith("mine")
+
+
+def test_results_are_the_checkouts_where_there_is_one(tmp_path):
+    package = tmp_path / "bmojo_core"
+    assert str(results_folder(package)) == "results"
+    (tmp_path / "results").mkdir()
+    assert str(results_folder(package)) == "results"  # installed beside some folder of that name
+    (tmp_path / "pyproject.toml").touch()
+    assert results_folder(package) == tmp_path / "results"
 
 
 def test_wiring_variants_are_valid_configurations_and_differ():

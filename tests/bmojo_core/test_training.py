@@ -182,12 +182,66 @@ def test_divergence_says_the_step_and_the_largest_gradient():
         (dict(steps=0), "steps must be at least 1, got 0"),
         (dict(lr_ssm=-1.0), "lr_ssm must be positive and finite"),
         (dict(warmup=1.0), "warmup must be in"),
+        (dict(warmup="x"), "warmup must be in .* got 'x'"),
         (dict(precision="float8"), "precision must be"),
+        (dict(steps=2.5), r"steps must be an integer, got 2\.5"),
+        (dict(steps=True), "steps must be an integer, got True"),
+        (dict(seed=None), "seed must be an integer, got None"),
+        (dict(evaluate_every=-5), "evaluate_every must be at least 0, got -5"),
+        (dict(lr_ssm="x"), "lr_ssm must be positive and finite, got 'x'"),
+        (dict(weight_decay=-1.0), r"weight_decay must be at least 0 and finite, got -1\.0"),
+        (dict(floor=-1.0), r"floor must be at least 0 and finite, got -1\.0"),
+        (dict(floor=math.nan), "floor must be at least 0 and finite, got nan"),
+        (dict(stop_at="x"), "stop_at must be a number or None, got 'x'"),
     ],
 )
 def test_impossible_recipes_are_refused(change, says):
     with pytest.raises(ValueError, match=says):
         Recipe(**{"steps": 1, **change})
+
+
+IDS, LABELS = batch(1)
+
+
+@pytest.mark.parametrize("chunk", [0, 8])
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((IDS, LABELS[:, 1:]), r"labels of batch\(2\) must have the shape of its input_ids, "
+         r"\(8, 32\), got \(8, 31\)"),
+        ((IDS, LABELS[:4]), r"got \(4, 32\)"),
+        ((IDS, torch.full_like(IDS, -100)), r"labels of batch\(2\) must score .* got only -100"),
+        ((IDS, LABELS, LABELS), r"batch\(2\) must be a pair of tensors .* got tuple of Tensor, T"),
+        (IDS, r"batch\(2\) must be a pair .* got Tensor of Tensor, Tensor, Tensor, \.\.$"),
+        ({"input_ids": IDS, "labels": LABELS}, "must be a pair .* got dict of str, str"),
+        ((IDS.numpy(), LABELS.numpy()), "must be a pair .* got tuple of ndarray, ndarray"),
+        (None, "must be a pair .* got NoneType$"),
+    ],
+)  # fmt: skip
+def test_a_batch_that_teaches_nothing_is_refused_where_it_enters(given, says, chunk):
+    """At whichever step it comes, and read whole or in chunks."""
+    with pytest.raises(ValueError, match=says):
+        train(small_model(), lambda s: given if s == 2 else batch(s),
+              Recipe(steps=3, chunk=chunk), progress=False)  # fmt: skip
+
+
+def test_a_batch_that_is_no_function_is_refused():
+    with pytest.raises(ValueError, match="batch must be a function of the step .* got tuple"):
+        train(small_model(), batch(1), Recipe(steps=1), progress=False)
+
+
+def test_a_loss_of_ones_own_need_not_score_columns():
+    def own(model, ids, labels):
+        return model(ids, use_cache=False).logits.square().mean()
+
+    run = train(small_model(), lambda s: (IDS, torch.full_like(IDS, -100)), Recipe(steps=1),
+                loss=own, progress=False)  # fmt: skip
+    assert math.isfinite(run.losses[0])
+
+
+def test_a_pair_may_be_one_tensor_of_two():
+    run = train(small_model(), lambda s: torch.stack(batch(s)), Recipe(steps=1), progress=False)
+    assert run.losses == train(small_model(), batch, Recipe(steps=1), progress=False).losses
 
 
 def test_checkpoints_without_a_folder_are_refused():

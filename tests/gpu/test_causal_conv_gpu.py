@@ -24,7 +24,7 @@ def test_matches_reference(draw, compare, poisoned, l, dtype):
     compare(run("gpu"), run("reference"), inputs, dtype)
 
 
-@pytest.mark.parametrize("k", (2, 3, 7))
+@pytest.mark.parametrize("k", (2, 3, 7, 12, 32))
 @pytest.mark.parametrize("d", (1, 13, 256))
 @pytest.mark.parametrize("activation", (None, "silu"))
 def test_any_width_and_taps(draw, compare, d, k, activation):
@@ -35,6 +35,21 @@ def test_any_width_and_taps(draw, compare, d, k, activation):
 def test_views_of_wider_tensors(draw, compare):
     inputs = problem(draw, 2, 100, 32, 4, torch.bfloat16)
     inputs["x"] = draw(2, 100, 64, dtype=torch.bfloat16)[..., 32:]
+    compare(run("gpu"), run("reference"), inputs, torch.bfloat16)
+
+
+def test_a_state_is_read_as_it_is(draw):
+    """Not rounded to the type of x."""
+    inputs = problem(draw, 2, 5, 8, 4, torch.bfloat16)
+    inputs["initial_state"] = 100 * draw(2, 3, 8)
+    want = run("reference", None)(**{n: x.double() for n, x in inputs.items()})
+    got = run("gpu", None)(**inputs)
+    assert (got.double() - want).norm() < 4e-3 * want.norm()
+
+
+@pytest.mark.parametrize("shape", ((8, 2048, 4096), (1, 16384, 1536), (3, 100, 1536)))
+def test_tiles_that_fill_a_chip(draw, compare, shape):
+    inputs = problem(draw, *shape, 4, torch.bfloat16)
     compare(run("gpu"), run("reference"), inputs, torch.bfloat16)
 
 

@@ -87,6 +87,16 @@ def test_blind_queries_give_zero(draw):
     assert out.isfinite().all()
 
 
+def test_autocast_rounds_nothing_inside(draw):
+    """The full causal path, which is torch's own operation."""
+    q, k, v = (draw(1, 64, 2, 32) for _ in range(3))
+    want = memory_attention(q, k, v, backend="reference")
+    with torch.autocast("cuda", torch.bfloat16):
+        got = memory_attention(q, k, v, backend="gpu")
+    assert got.dtype == torch.float32
+    assert (got - want).norm() < 1e-4 * want.norm()
+
+
 def test_two_runs_give_the_same_bits(draw):
     inputs, options = problem(draw, (500, 37, 4, 2, 64, 128, 64, 80), torch.bfloat16, valid=True)
 

@@ -79,6 +79,17 @@ def test_without_optional_inputs(draw, compare):
     compare(run("gpu"), run("reference"), inputs, torch.float32)
 
 
+def test_half_precision_holds_large_states(draw):
+    """The state passes what float16 can hold, its outputs do not."""
+    half = dict(device="cuda", dtype=torch.float16)
+    u, B, C = (torch.full((1, 640, w), v, **half) for w, v in ((2, 16.0), (16, 16.0), (16, 1e-4)))
+    arguments = u, torch.ones(1, 640, 1, **half), torch.full((1,), -1e-4, device="cuda"), B, C
+    y, state = scalar_scan(*arguments, return_last_state=True, backend="gpu")
+    want = scalar_scan(*(x.double() for x in arguments), backend="reference")
+    assert state.max() > 1e5
+    assert (y.double() - want).norm() < 1e-2 * want.norm()
+
+
 def test_zero_steps_hold_the_state_exactly(draw):
     inputs = problem(draw, 2, 200, 3, 24, 16, torch.float32)
     inputs["delta_bias"] = None

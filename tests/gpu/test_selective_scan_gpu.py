@@ -63,6 +63,19 @@ def test_without_optional_inputs(draw, compare):
     compare(run("gpu"), run("reference"), inputs, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_small_steps_keep_their_digits(draw, dtype):
+    """softplus(x) is e^x there; 1 + e^x would round it away."""
+    delta = torch.linspace(-17, -2, 256, device="cuda").to(dtype).expand(1, 1, -1)
+    one = torch.ones(1, 1, 256, device="cuda", dtype=dtype)
+    A, B = -torch.ones(256, 1, device="cuda"), torch.ones(1, 1, 1, device="cuda", dtype=dtype)
+    _, state = selective_scan(
+        one, delta, A, B, B, delta_softplus=True, return_last_state=True, backend="gpu"
+    )
+    want = torch.nn.functional.softplus(delta.double())[0].T
+    assert ((state[0].double() - want).abs() < 1e-4 * want).all()
+
+
 def test_zero_steps_hold_the_state_exactly(draw):
     inputs = problem(draw, 2, 80, 24, 16, torch.float32)
     inputs["delta_bias"] = None

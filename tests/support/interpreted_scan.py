@@ -82,6 +82,17 @@ def reference(**given: Tensor) -> tuple[Tensor, Tensor]:
     return scalar_scan(**given, delta_softplus=True, return_last_state=True, backend="reference")
 
 
+def beyond_half() -> float:
+    """Error of float16 outputs whose states pass what float16 can hold."""
+    l, half = 640, torch.float16
+    u, B, C = (torch.full((1, l, w), v, dtype=half) for w, v in ((2, 16), (16, 16), (16, 1e-4)))
+    inputs = dict(u=u, delta=torch.ones(1, l, 1, dtype=half), A=torch.tensor([-1e-4]), B=B, C=C)
+    y, state = kernels(**inputs)
+    want, _ = reference(**{name: x.double() for name, x in inputs.items()})
+    assert state.max() > 1e5
+    return ((y.double() - want).norm() / want.norm()).item()
+
+
 if __name__ == "__main__":
     numbers_of_tensors_as_numpy_2_4_wants_them()
     gpu._require_cuda = lambda u: None
@@ -94,4 +105,5 @@ if __name__ == "__main__":
         for i, (got, want) in enumerate(zip(results(kernels, inputs), exact, strict=True)):
             error = ((got.double() - want).norm() / want.norm()).item()
             assert error <= TOLERANCE[dtype], f"{case}: result {i} is off by {error:.1e}"
+    assert beyond_half() <= TOLERANCE[torch.float16]
     print("kernels equal the reference")

@@ -29,11 +29,13 @@ import triton
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bmojo_core.ops._checks import outside_autocast
 from bmojo_core.ops.memory_attention import kernels
 from bmojo_core.ops.memory_attention.cpu import attend_causal, memory_attention_cpu
 
 SHORTEST_CHUNK = 16  # queries; matrix units take rows by sixteen
 WIDEST_HEAD = 256
+MOST_PROGRAMS = 65535  # along the second and the third axis of a grid
 LOG2_E = 1.4426950408889634
 
 
@@ -47,6 +49,7 @@ class Blocks:
     stages: int
 
 
+@outside_autocast
 def memory_attention_gpu(
     q: Float[Tensor, "b l h p"],
     k: Float[Tensor, "b rl g p"],
@@ -77,7 +80,7 @@ def memory_attention_gpu(
     Raises
     ------
     ValueError
-        If q is not on a CUDA device.
+        If q is not on a CUDA device, or there are more than 65535 rows.
     """
     _require_cuda(q)
     causal = window is None or window >= k.shape[1]
@@ -87,10 +90,13 @@ def memory_attention_gpu(
     if short or q.dtype == torch.float64 or q.shape[-1] > WIDEST_HEAD:
         memory = (mem_k, mem_v, mem_valid)
         return memory_attention_cpu(q, k, v, *memory, window, chunk, key_valid, scale)
+    if q.shape[0] > MOST_PROGRAMS:
+        raise ValueError(f"q has b={q.shape[0]} rows; the gpu backend takes {MOST_PROGRAMS}")
     window = k.shape[1] if causal else window
     chunk = q.shape[1] if mem_k is None else chunk
     arguments = (q, k, v, mem_k, mem_v, mem_valid, key_valid, window, chunk, scale)
-    return _MemoryAttention.apply(*arguments)
+    with torch.cuda.device_of(q):  # Triton launches where the current device is
+        return _MemoryAttention.apply(*arguments)
 
 
 def _require_cuda(q: Tensor) -> None:

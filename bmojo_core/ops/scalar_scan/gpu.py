@@ -18,8 +18,9 @@ The backward pass has the same three steps; R is the gradient of the state after
 
 The sums s are taken in float64 and kept as a float32 and its remainder, so that their differences
 are right after a long forgetting, too; all of them are <= 0 where A is. Nothing is added by
-atomics: two runs give the same bits. Half-precision states between chunks are rounded to that
-type for the products, never for the recurrence. The kernels are in ``kernels.py``; steps (softplus
+atomics: two runs give the same bits. States between chunks are rounded to bfloat16 for the products
+where u is, never for the recurrence; float16, in which they could overflow, keeps them in float32.
+The kernels are in ``kernels.py``; steps (softplus
 and bias) and delta A stay with torch, they are d / h times smaller than u.
 """
 
@@ -39,6 +40,7 @@ from bmojo_core.ops.selective_scan.reference import step_size
 WIDEST_HEAD, MOST_STATES = 64, 128
 SHORT, LONG = 32, 64  # positions of a chunk in float32 and in half precision
 BLOCK = 1024  # elements of a state that one program passes on
+MOST_PROGRAMS = 65535  # along the second and the third axis of a grid
 MOST_HEADS = 8  # heads that a program takes, one after another
 ENOUGH = 1024  # programs that keep a GPU busy
 # Warps of a backward program. Four are faster at 64 channels and 64 states, but in other sizes
@@ -69,8 +71,8 @@ def scalar_scan_gpu(
     Raises
     ------
     ValueError
-        If `u` is float64 or not on a CUDA device, or heads or states are wider than the kernels
-        take.
+        If `u` is float64 or not on a CUDA device, heads or states are wider than the kernels take,
+        or there are more than 65535 rows or heads.
     """
     _require_cuda(u)
     p, n = u.shape[-1] // A.shape[0], B.shape[-1]
@@ -81,11 +83,16 @@ def scalar_scan_gpu(
             f"heads have {p} channels and n={n} states; the gpu backend takes at most "
             f"{WIDEST_HEAD} and {MOST_STATES}"
         )
+    if max(u.shape[0], A.shape[0]) > MOST_PROGRAMS:
+        raise ValueError(
+            f"b={u.shape[0]} rows of {A.shape[0]} heads; the gpu backend takes {MOST_PROGRAMS} each"
+        )
     step = step_size(delta.to(compute_dtype(u)), delta_bias, delta_softplus)
     B, C, z = (x if x is None else x.to(u.dtype) for x in (B, C, z))
     if initial_state is None:
         initial_state = torch.zeros(u.shape[0], u.shape[2], n, device=u.device)
-    return _ScalarScan.apply(u, step, step * A.float(), B, C, D, z, initial_state.float())
+    with torch.cuda.device_of(u):  # Triton launches where the current device is
+        return _ScalarScan.apply(u, step, step * A.float(), B, C, D, z, initial_state.float())
 
 
 def _require_cuda(u: Tensor) -> None:
@@ -100,7 +107,7 @@ class _ScalarScan(torch.autograd.Function):
         D, start = (x if x is None else x.contiguous() for x in (D, start))
         job = _Job.of(u, step, B, D, z)
         times = _times(job, step.contiguous(), decay.contiguous())
-        added, held = job.states(torch.float32), job.states(u.dtype)
+        added, held = job.states(torch.float32), job.states(_kept(u))
         kernels.chunk_states[job.every](
             u, B, *times, added, *_strides(u, B), job.l, job.chunks, **job.constants
         )
@@ -116,7 +123,7 @@ class _ScalarScan(torch.autograd.Function):
     def backward(ctx, dy, dlast):
         u, B, C, D, z, *times, held = ctx.saved_tensors
         dy, dlast, job = _unit_stride(dy), dlast.contiguous(), ctx.job
-        asked, future = job.states(torch.float32), job.states(u.dtype)
+        asked, future = job.states(torch.float32), job.states(_kept(u))
         kernels.chunk_state_gradients[job.every](
             dy, z, C, *times[1:], asked, *_strides(dy, z, C), job.l, job.chunks,
             HAS_Z=z is not None, **job.constants,
@@ -180,8 +187,15 @@ class _Job:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
 
+def _kept(u: Tensor) -> torch.dtype:
+    """Of the states between chunks: sums have no bound that float16 would reach."""
+    return torch.float32 if u.dtype == torch.float16 else u.dtype
+
+
 def _unit_stride(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    """Rows that are contiguous, and near enough for a chunk of them to be counted in 32 bits."""
+    near = x is None or LONG * x.stride(1) + x.shape[2] < 2**31
+    return x if x is None or (x.stride(-1) == 1 and near) else x.contiguous()
 
 
 def _strides(*tensors: Tensor | None) -> list[int]:

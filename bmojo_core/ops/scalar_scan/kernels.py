@@ -205,7 +205,7 @@ def outputs(
         u = _tile(u_ + b * u_b + head * P, first, l, u_l, P, P_PAD, Q)
         X = _state(state_ + ((b * chunks + k) * H + head) * P * N, P, N, P_PAD, N_PAD)
         weights = CB * _between(sum_, rest_, at, Q) * step[None, :]
-        y = tl.dot(C, tl.trans(X), input_precision=PRECISION) * fade[:, None]
+        y = tl.dot(C.to(X.dtype), tl.trans(X), input_precision=PRECISION) * fade[:, None]
         y = tl.dot(weights.to(u.dtype), u, y, input_precision=PRECISION)
         if HAS_D:
             D = tl.load(D_ + head * P + p, mask=p < P, other=0.0).to(tl.float32)
@@ -242,7 +242,7 @@ def head_gradients(
     through = tl.sum(tl.sum(X.to(tl.float32) * R.to(tl.float32), 1), 0) * whole
     fade = tl.exp(tl.load(sum_ + at + i) + tl.load(rest_ + at + i))
     seen = tl.dot(C, tl.trans(B), input_precision=PRECISION) * _between(sum_, rest_, at, Q)
-    carried = tl.dot(C, tl.trans(X), input_precision=PRECISION) * fade[:, None]
+    carried = tl.dot(C.to(X.dtype), tl.trans(X), input_precision=PRECISION) * fade[:, None]
     dy = _tile(dy_ + b * dy_b + head * P, first, l, dy_l, P, P_PAD, Q).to(tl.float32)
     if HAS_D:
         D = tl.load(D_ + head * P + p, mask=p < P, other=0.0).to(tl.float32)
@@ -266,7 +266,7 @@ def head_gradients(
     before = tl.where(i[:, None] < i[None, :], 1.0, 0.0)
     paired = tl.dot(pairs * step[None, :], before, input_precision=PRECISION)  # [i, m]: over j < m
     to_end = _to_end(sum_, rest_, at, Q)
-    du = tl.dot(B, tl.trans(R), input_precision=PRECISION) * to_end[:, None]
+    du = tl.dot(B.to(R.dtype), tl.trans(R), input_precision=PRECISION) * to_end[:, None]
     into = tl.sum(u.to(tl.float32) * du, 1)
     du = tl.dot(tl.trans(seen.to(u.dtype)), narrow, du, input_precision=PRECISION)
     du = du * step[:, None]

@@ -111,8 +111,10 @@ __device__ __forceinline__ Place locate(const Params& p) {
 
 // log(1 + e^x): the series where 1 + e^x would lose digits that the type of delta has.
 __device__ __forceinline__ float softplus(float x) {
-  if (sizeof(DELTA_T) == 2)
-    return fmaxf(x, 0.f) + LN_2 * log2_fast(1.f + exp2_fast(-fabsf(x) * LOG2_E));
+  if (sizeof(DELTA_T) == 2) {
+    float e = exp2_fast(-fabsf(x) * LOG2_E);
+    return fmaxf(x, 0.f) + (e < 0.015625f ? e - 0.5f * e * e : LN_2 * log2_fast(1.f + e));
+  }
   float e = exp2_fast(x * LOG2_E);
   float series = e * (1.f + e * (-1.f / 2 + e * (1.f / 3 + e * (-1.f / 4 + e * (1.f / 5 +
                  e * (-1.f / 6 + e * (1.f / 7)))))));
