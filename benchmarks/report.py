@@ -103,9 +103,9 @@ def kernels() -> str:
         "bytes and not exponentials (`scan_reading` in `results/benchmark_ops_gpu.json`, an "
         "earlier record).\n\n"
         + attention(cards) +
-        "The short convolution; at most 1.3 times the time of its bytes was asked for. The times are "
-        "those of its first kernels; they have been rewritten since with half the instructions a "
-        "step, and not been timed again:\n\n"
+        "The short convolution; at most 1.3 times the time of its bytes was asked for. The times "
+        "are those of its first kernels; they have been rewritten since with half the instructions "
+        "a step, and not been timed again:\n\n"
         + table(["GPU", "(B, L, D), 4 taps", "forward ms", "forward / bytes",
                  "with backward / bytes"], filters)
     )  # fmt: skip
