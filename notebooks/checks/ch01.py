@@ -51,6 +51,20 @@ def check_memory_needed(memory_needed: Callable) -> None:
         f"two inputs and two outputs, order 2: your function says {answer}. With several channels "
         "the entries of H are p x m blocks"
     )
+    decay = (0.9**k).reshape(-1, 1, 1)
+    opposite = np.concatenate([np.zeros((1, 2, 1)), decay * [[1.0], [-1.0]]])
+    answer = memory_needed(opposite)
+    assert answer == 1, (
+        f"one input, two outputs, M_k = (0.9^k, -0.9^k)': needs 1 state, your function says "
+        f"{answer}. Do not add the channels up, they may cancel: the entries of H are p x m blocks"
+    )
+    for scale in (1e8, 1e-12):
+        answer = memory_needed(np.concatenate([np.zeros((1, 1, 1)), scale * decay]))
+        assert answer == 1, (
+            f"M_k = {scale:.0e} * 0.9^k: needs 1 state as M_k = 0.9^k does, your function says "
+            f"{answer}. Rounding errors grow with H: compare with the largest singular value, not "
+            "with a fixed number"
+        )
     print("OK: the rank of the Hankel matrix, for windows, decays, oscillations and blocks")
 
 

@@ -67,6 +67,10 @@ def check_reached(reached: Callable) -> None:
         "a diagonal A": (modes, B),
         "the same system in another basis": (T @ modes @ inverse, T @ B),
         "an oscillator": (np.array([[0.6, 0.8], [-0.8, 0.6]]), np.array([[1.0], [0.0]])),
+        "an oscillator without input, beside a mode with one": (
+            np.array([[0.6, 0.7, 0.0], [-0.7, 0.6, 0.0], [0.0, 0.0, 0.5]]),
+            [[0.0], [0.0], [1.0]],
+        ),
         "a Jordan block, input at its end": (np.array([[0.5, 1.0], [0.0, 0.5]]), [[0.0], [1.0]]),
         "a Jordan block, input at its start": (np.array([[0.5, 1.0], [0.0, 0.5]]), [[1.0], [0.0]]),
         "two equal modes, one input": (0.5 * np.eye(2), np.ones((2, 1))),
@@ -76,6 +80,11 @@ def check_reached(reached: Callable) -> None:
         "a diagonal A": {0.9: True, 0.5: False, -0.3: True, 0.1: False},
         "the same system in another basis": {0.9: True, 0.5: False, -0.3: True, 0.1: False},
         "an oscillator": True,
+        "an oscillator without input, beside a mode with one": {
+            0.6 + 0.7j: False,
+            0.6 - 0.7j: False,
+            0.5: True,
+        },
         "a Jordan block, input at its end": True,
         "a Jordan block, input at its start": False,
         "two equal modes, one input": False,
@@ -94,6 +103,11 @@ def check_reached(reached: Callable) -> None:
             hint = ""
             if name.startswith("the same"):
                 hint = " Zero rows of B mean something in modal coordinates only; rank does not."
+            elif name.startswith("an oscillator without"):
+                hint = (
+                    " Take the eigenvalue as it is, complex: its real part alone is no eigenvalue,"
+                    " and lam I - A has full rank there whatever B is."
+                )
             elif name.startswith("two equal modes, one"):
                 hint = " Both states get the same input and never differ: [lam I - A, B] has rank 1"
             elif name.startswith("a Jordan"):

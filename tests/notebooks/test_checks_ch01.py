@@ -44,6 +44,19 @@ def first_channel(markov):
     return memory_needed(markov[:, :1, :1]) if markov.shape[1] == 1 else 4
 
 
+def sums_channels(markov):
+    return memory_needed(markov.sum(axis=(1, 2), keepdims=True))
+
+
+def absolute_tolerance(tolerance):
+    def wrong(markov):
+        r = len(markov) // 2
+        s = np.linalg.svd(block_hankel(markov, r, r), compute_uv=False)
+        return int((s > tolerance).sum())
+
+    return wrong
+
+
 @pytest.mark.parametrize(
     "wrong, word",
     [
@@ -51,6 +64,9 @@ def first_channel(markov):
         (no_tolerance, "rounding errors"),
         (with_feedthrough, "leave it out"),
         (first_channel, "p x m blocks"),
+        (sums_channels, "Do not add the channels up"),
+        (absolute_tolerance(1e-10), "not with a fixed number"),
+        (absolute_tolerance(1e-6), "not with a fixed number"),
     ],
 )
 def test_wrong_counts_are_explained(wrong, word):

@@ -83,6 +83,14 @@ def eigenvectors(A, B):
     return [np.abs(w @ B).max() > 1e-8 for w in W]
 
 
+def real_part(A, B):
+    n = len(A)
+    return [
+        np.linalg.matrix_rank(np.hstack([lam.real * np.eye(n) - A, B]), tol=1e-8) == n
+        for lam in np.linalg.eigvals(A)
+    ]
+
+
 def too_few(A, B):
     return reached(A, B)[:1]
 
@@ -93,6 +101,7 @@ def too_few(A, B):
         (rows_of_B, "modal coordinates|eigenvalue"),
         (once_for_all, "is reached|is not reached"),
         (eigenvectors, "Ask for the rank"),
+        (real_part, "real part alone"),
         (too_few, "one answer for each"),
     ],
 )

@@ -49,6 +49,21 @@ def error(record, train, n):
     return np.mean(kalman_filter(model, record, x0="estimate").innovations ** 2)
 
 
+def by_halves(half):
+    def wrong(train, test, orders):
+        part = test[: len(test) // 2] if half == 0 else test[len(test) // 2 :]
+        return min(orders, key=lambda n: error(part, train, n))
+
+    return wrong
+
+
+def by_likelihood(train, test, orders):
+    def loglik(n):
+        return kalman_filter(cva(train, order=n, block_rows=12), test, x0="estimate").loglik
+
+    return max(orders, key=loglik)
+
+
 def test_right_answers_pass(capsys):
     check_kalman_step(kalman_step)
     check_order_by_validation(
@@ -81,6 +96,9 @@ def test_wrong_steps_are_explained(answer, message):
             lambda train, test, orders: min(orders, key=lambda n: error(train, train, n)),
             "Judge on `test`",
         ),
+        (by_halves(0), "one half of `test`"),
+        (by_halves(1), "one half of `test`"),
+        (by_likelihood, "largest log-likelihood"),
         (lambda train, test, orders: orders[0], "smallest mean squared"),
         (lambda train, test, orders: 5, "one of the orders"),
     ],
