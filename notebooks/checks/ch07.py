@@ -13,7 +13,8 @@ def check_offsets(offsets: Iterable[int]) -> None:
     AssertionError
         Says what is wrong.
     """
-    offsets = {int(k) for k in offsets}
+    offsets = set(offsets)
+    assert all(k == round(k) for k in offsets), "k counts tokens: every k is a whole number"
     if offsets == {0}:
         raise AssertionError("that is the frozen form, a_2(u_t): the exact one sees more")
     if offsets == set(range(-3, 3)):

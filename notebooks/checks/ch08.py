@@ -31,7 +31,7 @@ def check_crossover(crossover: Callable) -> None:
             f"{case}: attention holds more from {right} tokens on, not {value}: "
             f"{state} numbers of state against {token} a token"
         )
-    print("OK: a Mamba layer's state is worth a few dozen tokens of attention's")
+    print("OK: a Mamba layer's state is worth a dozen to a few dozen tokens of attention's")
 
 
 def check_half_split(half_split: Callable) -> None:

@@ -41,6 +41,9 @@ def check_remember(remember: Callable[[list[int], Set[int], Set[int]], Remembere
     assert said == {2: 5}, f"key 1 had value 5 and comes again at position 2: {{2: 5}}, not {said}"
     said, places = run([1, 5, 9, 9, 2, 6, 9, 9, 2])
     assert said == {8: 6}, f"noise is neither key nor value: {{8: 6}}, not {said}"
+    assert run([1, 9, 5, 1]) == ({}, 0), (
+        "only a value that follows its key at once is that key's: 9 is noise, and 5 follows noise"
+    )
     assert places <= 2, f"two different keys need two places, yours took {places}: is noise stored?"
     said, _ = run([1, 5, 1, 6, 1])
     assert said.get(4) != 6, "a key keeps its first value; yours takes the latest"

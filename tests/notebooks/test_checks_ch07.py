@@ -23,6 +23,7 @@ def test_right_answers_pass(capsys):
         (check_offsets, range(-3, 1), "alpha_2"),
         (check_offsets, [-1, 0], "n \\+ 1 = 4"),
         (check_offsets, range(-1, 3), "shift the window"),
+        (check_offsets, [-2.9, -1.2, 0, 1], "whole number"),
         (check_order_one_window_form, lambda a, b, c, d, t: (b[t], a[t]), "frozen pole"),
         (
             check_order_one_window_form,

@@ -30,6 +30,28 @@ def says_at_once(row, keys, values):
     return {t: known[k] for t, k in enumerate(row) if k in known}, len(known)
 
 
+def any_token_after_a_key(row, keys, values):
+    memory, said = {}, {}
+    for t, token in enumerate(row):
+        if token in memory:
+            said[t] = memory[token]
+        if t > 0 and row[t - 1] in keys and token not in keys:
+            memory.setdefault(row[t - 1], token)
+    return said, len(memory)
+
+
+def the_last_key(row, keys, values):
+    memory, said, last = {}, {}, None
+    for t, token in enumerate(row):
+        if token in keys:
+            last = token
+            if token in memory:
+                said[t] = memory[token]
+        elif token in values and last is not None:
+            memory.setdefault(last, token)
+    return said, len(memory)
+
+
 def test_right_answers_pass(capsys):
     check_window_ceiling(ceiling)
     check_remember(remember)
@@ -48,6 +70,8 @@ def test_right_answers_pass(capsys):
         (check_remember, lambda r, k, v: ({}, 0), "comes again at position 2"),
         (check_remember, lambda r, k, v: remember(r, k, v, noise=True), "not"),
         (check_remember, lambda r, k, v: remember(r, k, v, store=dict.__setitem__), "the latest"),
+        (check_remember, any_token_after_a_key, "9 is noise, and 5 follows noise"),
+        (check_remember, the_last_key, "9 is noise, and 5 follows noise"),
         (check_remember, every_pair, "one different key"),
     ],
 )  # fmt: skip
