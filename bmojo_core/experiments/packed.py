@@ -81,12 +81,14 @@ def run_jobs(
     together: int = 16,
     seconds: float = float("inf"),
     say: Callable[[str], None] = print,
+    weights: str | Path | None = None,
 ) -> int:
     """Run the jobs without a record in ``folder``, ``together`` at a time; returns how many ran.
 
     A run that ends is recorded at once and makes place for the next.  None is begun after
     ``seconds``, and those unfinished at one and a half times that are dropped without a record:
-    the next call runs them.
+    the next call runs them.  Trained models are saved in ``weights``, where it is given, in folders
+    with their jobs' names.
     """
     folder, begun, done = Path(folder), time.perf_counter(), 0
     waiting = deque(job for job in jobs if not (folder / f"{job.name}.json").exists())
@@ -104,6 +106,8 @@ def run_jobs(
         for run in active:
             run.advance()
         for run in (run for run in active if run.finished):
+            if weights is not None:
+                run.model.save_pretrained(Path(weights) / run.job.name)
             write_json(folder / f"{run.job.name}.json", run.record())
             say(run.summary())
             done += 1

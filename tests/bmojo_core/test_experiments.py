@@ -18,6 +18,7 @@ from bmojo_core.experiments import (
     harder,
     policies,
     table3,
+    trained,
     wiring,
 )
 from bmojo_core.experiments.command import collect, results_folder
@@ -44,6 +45,27 @@ def test_names_follow_content():
         job(**c).name for c in ({}, {"seed": 1}, {"lr": 1e-4}, {"sizes": {**SIZES, "window": 5}})
     }
     assert len(names) == 4
+
+
+def test_weights_are_kept_where_asked(tmp_path):
+    run_jobs([job()], tmp_path / "a", weights=tmp_path / "w", say=lambda line: None)
+    (record,) = load_records(tmp_path / "a")
+    model = BMojoForCausalLM.from_pretrained(tmp_path / "w" / job().name).eval()
+    pool = make_pool(TASK)
+    assert pool.evaluate(model) == record["accuracy"]
+
+
+@pytest.mark.parametrize("kind", sorted(trained.RATES))
+def test_kept_models_answer_as_recorded(kind):
+    """The weights in results/ are those of the job, and new examples find them as good."""
+    folder = results_folder() / "trained" / kind
+    record = json.loads((folder / "record.json").read_text())
+    assert Job(**record["job"]) == trained.job(kind)
+    model = BMojoForCausalLM.from_pretrained(folder).eval()
+    assert model.num_parameters() == record["parameters"]
+    for pairs in (16, 64):
+        examples = mqar(64, 256, pairs, seed=1)
+        assert abs(recall_accuracy(model, *examples) - record["accuracy"][str(pairs)]) < 0.05
 
 
 def test_a_recorded_job_is_not_run_again(tmp_path):
