@@ -19,9 +19,8 @@
 # or estimates from them.  The tests want the card to themselves.
 #
 # SEARCHED (default: .mamba), if it is there, holds packages of mamba-ssm and causal-conv1d: sources,
-# which are built in the background in three to four minutes while other work goes on (a quarter of
-# that where their setup.py is left with the one architecture at hand), or wheels that an earlier
-# part has left in OUT/wheels.  A failed command is reported at the end.
+# which are built in the background in three to four minutes while other work goes on, or wheels that
+# an earlier part has left in OUT/wheels.  A failed command is reported at the end.
 set -u
 parts="tests model_tests small decode recall models operations grouped"
 part=${1:?one of: $parts all}

@@ -104,8 +104,8 @@ def kernels() -> str:
         "earlier record).\n\n"
         + attention(cards) +
         "The short convolution; at most 1.3 times the time of its bytes was asked for. The times "
-        "are those of its first kernels; they have been rewritten since with half the instructions "
-        "a step, and not been timed again:\n\n"
+        "are those of its first kernels; they have been rewritten since and not been timed "
+        "again:\n\n"
         + table(["GPU", "(B, L, D), 4 taps", "forward ms", "forward / bytes",
                  "with backward / bytes"], filters)
     )  # fmt: skip

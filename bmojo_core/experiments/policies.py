@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import marshal
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -136,11 +137,11 @@ def compare(
 
 
 def _hash(rule: str) -> str:
-    """Of the rule's source text, or of its byte code where there is none to be read."""
+    """Of the rule's source text, or of its code with its constants where there is no text."""
     try:
         text = inspect.getsource(POLICIES[rule]).encode()
     except (OSError, TypeError):
-        text = POLICIES[rule].__code__.co_code
+        text = marshal.dumps(POLICIES[rule].__code__)
     return hashlib.sha256(text).hexdigest()[:8]
 
 

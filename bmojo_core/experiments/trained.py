@@ -4,7 +4,7 @@ B'MOJO and the hybrid of width 64, as figure 2 has them (64 pairs, L = 256, wind
 figure's best rates for 3000 steps.  Weights and records are kept in results/trained/, a folder a
 kind.
 
-    python -m bmojo_core.experiments.trained            both, each 20 minutes of a CPU core
+    python -m bmojo_core.experiments.trained            both, each half an hour of a CPU core
     python -m bmojo_core.experiments.trained bmojo
 """
 

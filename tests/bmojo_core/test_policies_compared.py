@@ -46,7 +46,8 @@ def test_a_rule_is_run_again_only_where_it_changed(blocks, tmp_path):
     assert train("seen.position.float()") == first  # the record, seconds and all
     other = train("-seen.position.float()")
     assert other["job"]["tags"]["rule_is"] != first["job"]["tags"]["rule_is"]
-    assert len(list(tmp_path.glob("*.json"))) == 2
+    train("-2 * seen.position.float()")  # a constant is a change, too
+    assert len(list(tmp_path.glob("*.json"))) == 3
 
 
 def test_a_rule_nobody_registered_is_refused(tmp_path):
