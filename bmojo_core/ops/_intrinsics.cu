@@ -14,6 +14,19 @@ __device__ __forceinline__ float to_float(fp16 x) {
   return y;
 }
 
+// An element as it was loaded, for use later.
+__device__ __forceinline__ unsigned bits_of(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ unsigned bits_of(bf16 x) { return x.bits; }
+__device__ __forceinline__ unsigned bits_of(fp16 x) { return x.bits; }
+template <class T>
+__device__ __forceinline__ float from_bits(unsigned bits) {
+  T x;
+  x.bits = static_cast<unsigned short>(bits);
+  return to_float(x);
+}
+template <>
+__device__ __forceinline__ float from_bits<float>(unsigned bits) { return __uint_as_float(bits); }
+
 __device__ __forceinline__ void put(float& to, float x) { to = x; }
 __device__ __forceinline__ void put(bf16& to, float x) {
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(x));
@@ -46,6 +59,11 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global) 
 }
 __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.commit_group;\ncp.async.wait_group 0;" ::: "memory");
+}
+
+// Ask for the line of an address, so that it is near when it is read.
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
 }
 
 template <class T>

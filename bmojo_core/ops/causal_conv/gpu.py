@@ -57,7 +57,7 @@ class Residency:
     blocks: int
 
 
-FORWARD, BACKWARD = Residency(ahead=8, blocks=5), Residency(ahead=6, blocks=4)
+FORWARD, BACKWARD = Residency(ahead=16, blocks=3), Residency(ahead=6, blocks=4)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from torch import Tensor
 from .. import _nvrtc
 
 CHANNELS, CHUNK, TILE, BACK, OCTET = 2, 32, 32, 4, 8  # as in the sources
+PAD_BYTES = 16  # between rows of u and z in shared memory
 MAX_STATES = 128
 MOST_SEGMENTS = 16
 ELEMENT = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -88,9 +89,17 @@ class Tiling:
         """Channels a block."""
         return self.warps * 32 // self.lanes_n * CHANNELS
 
+    def n_shift(self, pass_: str) -> int:
+        """The lane bit where the state lane begins.
+
+        Backward it lies above two bits of channels, where there are as many: the matrix units sum
+        over those. Forward the lanes of a channel are neighbours.
+        """
+        return 2 if pass_ == "backward" and self.lanes_n <= 8 else 0
+
     def forward_bytes(self, u_bytes: int, delta_bytes: int) -> int:
         """Shared memory of the walks forward: a tile at work, two as they come from memory."""
-        staged = 2 * self.block_c * (2 * u_bytes + delta_bytes)
+        staged = 2 * (self.block_c * (2 * u_bytes + delta_bytes) + 2 * PAD_BYTES)
         return TILE * (8 * self.block_c + 8 * self.n_pad + staged)
 
     def backward_bytes(self) -> int:
@@ -195,6 +204,7 @@ class _Call:
         defines = (
             ("STATES", str(t.states)),
             ("LANES_N", str(t.lanes_n)),
+            ("N_SHIFT", str(t.n_shift(pass_))),
             ("VECTORS", str(int(work.vectors))),
             ("SHARED_BYTES", str(shared)),
         )

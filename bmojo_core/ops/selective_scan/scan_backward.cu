@@ -131,6 +131,14 @@ struct Rows {
   __device__ __forceinline__ T* at(int t, int column) const {
     return reinterpret_cast<T*>(first + (t * stride + column) * static_cast<unsigned>(sizeof(T)));
   }
+
+  // A row of the chunk before this one is to be near when its turn comes.
+  __device__ __forceinline__ void prefetch_before(int t, int column, int columns) const {
+    const char* row = first - (CHUNK - t) * (static_cast<long long>(stride) * sizeof(T));
+#pragma unroll
+    for (int i = 0; i < BLOCK_C; i += 128 / sizeof(T))
+      if (i < columns) prefetch(row + (column + i) * sizeof(T));
+  }
 };
 
 struct Chunk {  // what the walk back through one chunk reads, and what it writes
@@ -158,6 +166,17 @@ __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, B
                                               const Chunk& chunk, float2 bias) {
   int c = threadIdx.x % PAIRS * CHANNELS, first = threadIdx.x / PAIRS;
   int channel = w.block * BLOCK_C + c, there = channels_at(p, channel);
+  constexpr int BC_STEP = THREADS / N_PAD, BC_COUNT = (CHUNK + BC_STEP - 1) / BC_STEP;
+  constexpr int EARLY = BC_COUNT <= 4 ? BC_COUNT : 0;  // B and C on their way meanwhile
+  unsigned B[EARLY + 1], C[EARLY + 1];
+  const int n = threadIdx.x % N_PAD, row = threadIdx.x / N_PAD;
+#pragma unroll
+  for (int k = 0; k < EARLY; ++k) {
+    int t = row + k * BC_STEP;
+    bool inside = n < p.n && t < chunk.rows;
+    B[k] = inside ? bits_of(*chunk.B.at(t, n)) : 0u;
+    C[k] = inside ? bits_of(*chunk.C.at(t, n)) : 0u;
+  }
 #pragma unroll 4
   for (int t = first; t < CHUNK; t += LANES_N) {
     int count = t < chunk.rows ? there : 0;
@@ -174,13 +193,36 @@ __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, B
     *reinterpret_cast<float4*>(&s.step[t][c]) = make_float4(d0, d0 * u.x, d1, d1 * u.y);
     *reinterpret_cast<float2*>(&s.dy[t][c]) = dy;
   }
-  int n = threadIdx.x % N_PAD;
+#pragma unroll
+  for (int k = 0; k < EARLY; ++k) {
+    s.B[row + k * BC_STEP][n] = from_bits<BC_T>(B[k]);
+    s.C[row + k * BC_STEP][n] = from_bits<BC_T>(C[k]);
+  }
 #pragma unroll 4
-  for (int t = threadIdx.x / N_PAD; t < CHUNK; t += THREADS / N_PAD) {
+  for (int t = row + EARLY * BC_STEP; t < CHUNK; t += BC_STEP) {
     bool inside = n < p.n && t < chunk.rows;
     s.B[t][n] = inside ? to_float(*chunk.B.at(t, n)) : 0.f;
     s.C[t][n] = inside ? to_float(*chunk.C.at(t, n)) : 0.f;
   }
+}
+
+// What prepare_chunk will read next, a row a thread: it reads it when there is nothing else to do.
+__device__ __forceinline__ void prefetch_before(const Params& p, const Place& w,
+                                                const Chunk& chunk) {
+  int column = w.block * BLOCK_C, columns = p.d - column, t = w.lane;
+#pragma unroll
+  for (int i = 0; i < 4; i += WARPS) {
+    int which = w.warp + i;
+    if (which == 0) chunk.u.prefetch_before(t, column, columns);
+    if (which == 1) chunk.delta.prefetch_before(t, column, columns);
+    if (which == 2) chunk.dy.prefetch_before(t, column, columns);
+    if (which == 3 && HAS_Z) chunk.z.prefetch_before(t, column, columns);
+  }
+  long long first = (static_cast<long long>(w.batch) * p.chunks + chunk.t0 / CHUNK - 1) * p.d;
+  const Part* states = static_cast<const Part*>(p.checkpoints) + (first + column) * N_PAD;
+  constexpr int LINE = 128 / sizeof(Part);
+  for (int i = threadIdx.x * LINE; i < min(columns, BLOCK_C) * N_PAD; i += THREADS * LINE)
+    prefetch(states + i);
 }
 
 struct Sums {  // over this thread's time steps
@@ -350,6 +392,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) scan_gradients(c
       if (w.channel + c >= p.d) continue;
       load_states(static_cast<const Part*>(p.checkpoints) + row * N_PAD, w.lane_n, x[c]);
     }
+    if (t0 > w.begin) prefetch_before(p, w, chunk);
     __syncthreads();
     for (int group = 0; group < GROUPS - 1; ++group) {
 #pragma unroll

@@ -11,12 +11,13 @@ enum Walk {
 
 constexpr int TILE = 32;
 constexpr int RESIDENT = N_PAD == 16 ? 4 : 1;  // blocks a multiprocessor is to hold
+constexpr int PAD = 16 / sizeof(U_T);  // the lanes of a channel read its rows from different banks
 constexpr int BC_PER_THREAD = (TILE * N_PAD + THREADS - 1) / THREADS;
 
 struct alignas(16) ForwardShared {
   float2 step[TILE][BLOCK_C];  // (delta, drive): the drive is delta u, or dy before the gate
   float B[TILE][N_PAD], C[TILE][N_PAD];
-  U_T u[2][TILE][BLOCK_C], z[2][TILE][BLOCK_C];
+  U_T u[2][TILE][BLOCK_C + PAD], z[2][TILE][BLOCK_C + PAD];
   DELTA_T delta[2][TILE][BLOCK_C];
 };
 
@@ -24,23 +25,48 @@ static_assert(sizeof(ForwardShared) == SHARED_BYTES, "the host counts the same b
 
 extern __shared__ __align__(16) unsigned char shared_bytes[];
 
-// The first `rows` rows and `columns` columns of a tile; the rest of `to` stays as it is.
+// A thread's place in a (b, l, width) tensor. It goes from tile to tile; rows of a tile are `stride`
+// apart, and a thread takes every STEP-th.
 template <class T>
-__device__ __forceinline__ void copy_tile(T (&to)[TILE][BLOCK_C], const T* from, long long stride,
-                                          int rows, int columns) {
-  constexpr int WIDTH = VECTORS ? 16 / sizeof(T) : CHANNELS;
-  constexpr int PER_ROW = BLOCK_C / WIDTH, STEP = THREADS / PER_ROW;
-  int c = threadIdx.x % PER_ROW * WIDTH, first = threadIdx.x / PER_ROW;
+struct Feed {
+  const T* at;
+  long long stride;
+
+  __device__ __forceinline__ Feed() {}
+  __device__ __forceinline__ Feed(const void* base, long long b_stride, long long l_stride,
+                                  int batch, int row, int column)
+      : at(static_cast<const T*>(base) + batch * b_stride + row * l_stride + column),
+        stride(l_stride) {}
+  __device__ __forceinline__ void move(int rows) { at += rows * stride; }
+};
+
+// What a thread copies of a tile: `WIDTH` columns from `column` on, of rows `first`, `first + STEP` ..
+template <class T>
+struct Share {
+  static constexpr int WIDTH = VECTORS ? 16 / sizeof(T) : CHANNELS;
+  static constexpr int PER_ROW = BLOCK_C / WIDTH, STEP = THREADS / PER_ROW;
+  static constexpr int COUNT = (TILE + STEP - 1) / STEP;
+  static __device__ __forceinline__ int column() { return threadIdx.x % PER_ROW * WIDTH; }
+  static __device__ __forceinline__ int first() { return threadIdx.x / PER_ROW; }
+};
+
+// The first `rows` rows (FULL: all) and `columns` columns of a tile; the rest of `to` stays.
+template <bool FULL, class T, int ROW>
+__device__ __forceinline__ void copy_tile(T (&to)[TILE][ROW], const Feed<T>& from, int rows,
+                                          int columns) {
+  using S = Share<T>;
+  const int c = S::column();
+  const T* at = from.at;
 #pragma unroll
-  for (int k = 0; k < (TILE + STEP - 1) / STEP; ++k) {
-    int t = first + k * STEP;
-    if (t >= min(TILE, rows)) break;
-    const T* at = from + t * stride + c;
+  for (int k = 0; k < S::COUNT; ++k, at += S::STEP * from.stride) {
+    int t = S::first() + k * S::STEP;
+    if (TILE % S::STEP && t >= TILE) break;
+    if (!FULL && t >= rows) break;
     if (VECTORS) {
       if (c < columns) copy_async_16(&to[t][c], at);
     } else {
 #pragma unroll
-      for (int i = 0; i < WIDTH; ++i)
+      for (int i = 0; i < S::WIDTH; ++i)
         if (c + i < columns) to[t][c + i] = at[i];
     }
   }
@@ -51,43 +77,66 @@ __device__ __forceinline__ void copy_tile(T (&to)[TILE][BLOCK_C], const T* from,
 template <Walk WALK>
 struct Source {
   static constexpr bool GATED = HAS_Z && WALK != ADDED;
-  const U_T *u, *z;
-  const DELTA_T* delta;
-  const BC_T *B, *C;
-  long long u_l, B_l;
-  float B_next[BC_PER_THREAD], C_next[BC_PER_THREAD];
+  static constexpr int BC_STEP = THREADS / N_PAD;
+  Feed<U_T> u, z;
+  Feed<DELTA_T> delta;
+  Feed<BC_T> B, C;
+  int columns;
+  bool inside;  // this thread's column of B and C is one of n
+  unsigned B_next[BC_PER_THREAD], C_next[BC_PER_THREAD];  // as loaded: to convert is to wait
 
-  __device__ __forceinline__ Source(const Params& p, const Place& w) {
-    int column = w.block * BLOCK_C, n = min(static_cast<int>(threadIdx.x) % N_PAD, p.n - 1);
-    delta = rows_of<DELTA_T>(p.delta, p.delta_b, w.batch, column);
-    if (GATED) z = rows_of<U_T>(p.z, p.z_b, w.batch, column);
-    C = rows_of<BC_T>(p.C, p.C_b, w.batch, n);
+  __device__ __forceinline__ Source(const Params& p, const Place& w, int t0) {
+    int n = threadIdx.x % N_PAD, row = t0 + threadIdx.x / N_PAD;
+    inside = n < p.n;
+    columns = p.d - w.block * BLOCK_C;
+    int column = w.block * BLOCK_C + Share<U_T>::column(), first = t0 + Share<U_T>::first();
+    delta = Feed<DELTA_T>(p.delta, p.delta_b, p.delta_l, w.batch,
+                          t0 + Share<DELTA_T>::first(),
+                          w.block * BLOCK_C + Share<DELTA_T>::column());
+    if (GATED) z = Feed<U_T>(p.z, p.z_b, p.z_l, w.batch, first, column);
+    C = Feed<BC_T>(p.C, p.C_b, p.C_l, w.batch, row, n);
     if (WALK == GRADIENTS) {
-      u = rows_of<U_T>(p.dy, p.dy_b, w.batch, column), u_l = p.dy_l;
-      B = C, B_l = p.C_l;
+      u = Feed<U_T>(p.dy, p.dy_b, p.dy_l, w.batch, first, column);
+      B = C;
     } else {
-      u = rows_of<U_T>(p.u, p.u_b, w.batch, column), u_l = p.u_l;
-      B = rows_of<BC_T>(p.B, p.B_b, w.batch, n), B_l = p.B_l;
+      u = Feed<U_T>(p.u, p.u_b, p.u_l, w.batch, first, column);
+      B = Feed<BC_T>(p.B, p.B_b, p.B_l, w.batch, row, n);
     }
   }
 
-  __device__ __forceinline__ void request(const Params& p, const Place& w, ForwardShared& s,
-                                          int t0, int stage) {
-    int rows = w.end - t0, columns = p.d - w.block * BLOCK_C;
-    copy_tile(s.u[stage], u + t0 * u_l, u_l, rows, columns);
-    copy_tile(s.delta[stage], delta + t0 * p.delta_l, p.delta_l, rows, columns);
-    if (GATED) copy_tile(s.z[stage], z + t0 * p.z_l, p.z_l, rows, columns);
-    bool inside = threadIdx.x % N_PAD < p.n;
+  template <bool FULL>
+  __device__ __forceinline__ void load(ForwardShared& s, int rows, int stage) {
+    copy_tile<FULL>(s.u[stage], u, rows, columns);
+    copy_tile<FULL>(s.delta[stage], delta, rows, columns);
+    if (GATED) copy_tile<FULL>(s.z[stage], z, rows, columns);
+    const BC_T *B_at = B.at, *C_at = C.at;
 #pragma unroll
     for (int k = 0; k < BC_PER_THREAD; ++k) {
-      int t = threadIdx.x / N_PAD + k * (THREADS / N_PAD);
-      bool here = inside && t < rows;
-      B_next[k] = here ? to_float(B[(t0 + t) * B_l]) : 0.f;
-      if (WALK == OUTPUTS) C_next[k] = here ? to_float(C[(t0 + t) * p.C_l]) : 0.f;
+      bool here = inside && (FULL || threadIdx.x / N_PAD + k * BC_STEP < rows);
+      B_next[k] = here ? bits_of(*B_at) : 0u;
+      B_at += BC_STEP * B.stride;
+      if (WALK != OUTPUTS) continue;
+      C_next[k] = here ? bits_of(*C_at) : 0u;
+      C_at += BC_STEP * C.stride;
     }
+  }
+
+  // The tile at hand, of which `rows` are left, into a stage.
+  __device__ __forceinline__ void request(ForwardShared& s, int rows, int stage) {
+    if (rows >= TILE)
+      load<true>(s, rows, stage);
+    else
+      load<false>(s, rows, stage);
+  }
+
+  __device__ __forceinline__ void move(int steps) {
+    u.move(steps), delta.move(steps), B.move(steps);
+    if (GATED) z.move(steps);
+    if (WALK == OUTPUTS) C.move(steps);
   }
 
   // Steps, drives and B, C of the tile that has arrived, once for all threads.
+  template <bool FULL>
   __device__ __forceinline__ void prepare(ForwardShared& s, int stage, int rows, float2 bias) {
     int c = threadIdx.x % PAIRS * CHANNELS, first = threadIdx.x / PAIRS;
 #pragma unroll
@@ -104,15 +153,15 @@ struct Source {
           step.w *= silu(z.y);
         }
       }
-      if (t >= rows) step = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (!FULL && t >= rows) step = make_float4(0.f, 0.f, 0.f, 0.f);
       *reinterpret_cast<float4*>(&s.step[t][c]) = step;
     }
 #pragma unroll
     for (int k = 0; k < BC_PER_THREAD; ++k) {
       int i = k * THREADS + threadIdx.x;
       if (i >= TILE * N_PAD) break;
-      (&s.B[0][0])[i] = B_next[k];
-      if (WALK == OUTPUTS) (&s.C[0][0])[i] = C_next[k];
+      (&s.B[0][0])[i] = from_bits<BC_T>(B_next[k]);
+      if (WALK == OUTPUTS) (&s.C[0][0])[i] = from_bits<BC_T>(C_next[k]);
     }
   }
 };
@@ -164,18 +213,23 @@ __device__ __forceinline__ void walk_segment(const Params& p) {
   // lanes beyond the first GROUP of a channel only repeat what those hold: they write nothing
   int count = w.lane_n < GROUP ? channels_at(p, w.channel) : 0, mine = first_owned<GROUP>(w.lane);
   float2 bias = bias_at(p, w.block * BLOCK_C + threadIdx.x % PAIRS * CHANNELS);
-  U_T* y_rows = static_cast<U_T*>(p.y) + static_cast<long long>(w.batch) * p.l * p.d + w.channel;
   int tiles = (w.end - w.begin + TILE - 1) / TILE, ahead = WALK == GRADIENTS ? -TILE : TILE;
   int t0 = WALK == GRADIENTS ? w.begin + (tiles - 1) * TILE : w.begin;
-  Source<WALK> source(p, w);
-  source.request(p, w, s, t0, 0);
+  U_T* y_at = static_cast<U_T*>(p.y) +
+              (static_cast<long long>(w.batch) * p.l + t0 + mine) * p.d + w.channel;
+  Source<WALK> source(p, w, t0);
+  source.request(s, w.end - t0, 0);
   for (int k = 0, stage = 0; k < tiles; ++k, stage ^= 1, t0 += ahead) {
     int rows = w.end - t0;
     copy_async_wait();
     __syncthreads();
-    source.prepare(s, stage, rows, bias);
+    if (rows >= TILE)
+      source.template prepare<true>(s, stage, rows, bias);
+    else
+      source.template prepare<false>(s, stage, rows, bias);
     __syncthreads();
-    if (k + 1 < tiles) source.request(p, w, s, t0 + ahead, stage ^ 1);
+    source.move(ahead);
+    if (k + 1 < tiles) source.request(s, rows - ahead, stage ^ 1);
 
     if (WALK == OUTPUTS && p.checkpoints && t0 % CHUNK == 0) {
       long long row = (static_cast<long long>(w.batch) * p.chunks + t0 / CHUNK) * p.d + w.channel;
@@ -185,7 +239,7 @@ __device__ __forceinline__ void walk_segment(const Params& p) {
           store_states(static_cast<Part*>(p.checkpoints) + (row + c) * N_PAD, w.lane_n, x[c]);
     }
 
-    for (int i = 0; i < TILE; i += GROUP) {
+    for (int i = 0; i < TILE; i += GROUP, y_at += static_cast<long long>(GROUP) * p.d) {
       int g = WALK == GRADIENTS ? TILE - GROUP - i : i;
       float y[CHANNELS][GROUP];
       walk_group<WALK>(w, s, g, A, x, time, y);
@@ -203,7 +257,7 @@ __device__ __forceinline__ void walk_segment(const Params& p) {
           y0 *= silu(z.x);
           y1 *= silu(z.y);
         }
-        write_pair(y_rows + static_cast<long long>(t0 + t) * p.d, count, y0, y1);
+        write_pair(y_at + static_cast<long long>(o) * p.d, count, y0, y1);
       }
     }
   }
