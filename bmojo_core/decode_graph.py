@@ -27,12 +27,12 @@ from bmojo_core.config import BMojoConfig
 from bmojo_core.layers.bmojo import BMojoState
 from bmojo_core.layers.eidetic import EMPTY, chunk_length
 from bmojo_core.layers.rotary import check_length
-from bmojo_core.layers.rows import Known, known
+from bmojo_core.layers.rows import Known, known, told
 from bmojo_core.modeling import BMojoForCausalLM
 
 WARM_UPS = 3  # kernels are compiled and workspaces made before the capture
 VARIANTS = 64  # of one traced function: kinds of sublayers, batch sizes, what is known
-Sublayer = Callable[[nn.Module, Tensor, Any, Tensor], Tensor]
+Sublayer = Callable[[nn.Module, Tensor, Any, Tensor, Known | None], Tensor]
 
 
 class DecodeGraph:
@@ -138,10 +138,16 @@ def memory_full(cache: BMojoCache) -> bool:
 
 
 def sublayer_in_place(
-    layer: nn.Module, h: Float[Tensor, "b 1 d"], state: Any, start: Int[Tensor, "b"]
-) -> Float[Tensor, "b 1 d"]:
-    """The stream after one sublayer, its new state written into the tensors of ``state``."""
-    h, new = layer(h, state, start, None, True)
+    layer: nn.Module, h: Float[Tensor, "b 1 d"], state: Any, start: Int[Tensor, "b"],
+    what: Known | None,
+) -> Float[Tensor, "b 1 d"]:  # fmt: skip
+    """The stream after one sublayer, its new state written into the tensors of ``state``.
+
+    ``what`` is known of the rows. It comes as an argument because not every torch reads a thread's
+    own variables when it traces: 2.11 takes them for what they are in a new thread.
+    """
+    with known(what):
+        h, new = layer(h, state, start, None, True)
     for (_, place), (_, moved) in [*zip(leaves("", state), leaves("", new), strict=True)]:
         if moved is not place:
             place.copy_(moved)
@@ -171,6 +177,6 @@ def step_in_place(
     """
     h = model.model.embed_tokens(token)
     for layer, state in zip(model.model.layers, cache.states, strict=True):
-        h = sublayer(layer, h, state, cache.position)
+        h = sublayer(layer, h, state, cache.position, told())
     cache.position += 1
     return model.lm_head(model.model.norm(h))[:, -1]

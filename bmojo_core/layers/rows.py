@@ -108,7 +108,7 @@ _here = _Here()
 
 
 @contextmanager
-def known(what: Known) -> Iterator[None]:
+def known(what: Known | None) -> Iterator[None]:
     """Let a step on an accelerator do what its rows need and no more, as one on a CPU does.
 
     For the steps of this thread; those of others go on asking nothing and knowing nothing.
@@ -118,6 +118,11 @@ def known(what: Known) -> Iterator[None]:
         yield
     finally:
         _here.known = before
+
+
+def told() -> Known | None:
+    """What `known` has told this thread."""
+    return _here.known
 
 
 def _answers(x: Tensor) -> bool:

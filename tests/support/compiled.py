@@ -81,6 +81,27 @@ def check_decode_step(kind: str, **changes) -> None:
     assert len(graphs) == len(met) * len(set(model.config.layer_types)), (kind, changes)
 
 
+def check_what_is_known_shortens(kind: str = "bmojo") -> None:
+    """A traced step whose rows are known does less than one that must expect anything."""
+    model, tokens = peaky.model(kind, dtype=torch.float32).eval(), peaky.ids(2, 30)
+    sizes = []
+
+    def backend(graph, inputs):
+        sizes[-1] += len(graph.graph.nodes)
+        return aot_eager(graph, inputs)
+
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).past_key_values
+        full = what_is_known(model.config, cache, cache.position.tolist())
+        for what in (None, full._replace(chunk_begins=False, window_full=True, memory_full=True)):
+            torch._dynamo.reset()
+            sizes.append(0)
+            sublayer = torch.compile(sublayer_in_place, fullgraph=True, backend=backend)
+            with known(what):
+                step_in_place(model, tokens[:, :1], cache.map(torch.Tensor.clone), sublayer)
+    assert sizes[1] < 0.8 * sizes[0], sizes
+
+
 if __name__ == "__main__":
     check_layer(memory_update="chunk")
     check_layer(memory_update="token", wiring="parallel")
@@ -94,4 +115,5 @@ if __name__ == "__main__":
     check_decode_step("bmojo", memory_update="token", wiring="parallel")
     check_decode_step("bmojo", fading="scalar_decay", ssm_head_dim=8, key_kernel=3)
     check_decode_step("bmojo", selection="accumulated_attention", memory_gates=True)
+    check_what_is_known_shortens()
     print("compiled equals eager")
