@@ -15,17 +15,13 @@ pytestmark = pytest.mark.skipif(
     emulated_cuda.COMPILER is None, reason="no C++ compiler to run the kernels with"
 )
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-KERNELS = ("conv_forward", "conv_backward")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu():
     """A chip of one multiprocessor whose kernels are those of `emulated_cuda`."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(
-        gpu._nvrtc, "load", lambda _, defines, __: emulated_cuda.compiled(
-            "causal_conv/conv.cu", KERNELS, defines)
-    )  # fmt: skip
+    patch.setattr(gpu._nvrtc, "load", emulated_cuda.load)
     patch.setattr(gpu, "_multiprocessors", lambda _: 1)
     patch.setattr(gpu, "_require_cuda", lambda _: None)
     yield

@@ -1,14 +1,16 @@
-"""CUDA kernels without barriers, run by the C++ compiler on the CPU, thread after thread.
+"""CUDA kernels, run by the C++ compiler on the CPU: the threads of a block take turns.
 
-``Emulated`` takes the place of a loaded module of ``ops/_nvrtc.py``: the same source, the same
-defines, the same launch, so that a kernel and the code that calls it are tested without a GPU.
-Times and races it does not show; undefined behaviour stops it (``-fsanitize=undefined``).
+``load`` takes the place of the one of ``ops/_nvrtc.py``: the same source, the same defines, the
+same launch, so that a kernel and the code that calls it are tested without a GPU. Times it does
+not show, and races only where the order of turns meets them; undefined behaviour stops it
+(``-fsanitize=undefined``), and so do threads that wait for each other for ever.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -18,14 +20,31 @@ from pathlib import Path
 
 import torch
 
-HERE, OPS = Path(__file__).parent, Path(__file__).parents[2] / "bmojo_core/ops"
+from bmojo_core.ops import _nvrtc
+
+HERE = Path(__file__).parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
+KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\(.*?\)\s+)?(\w+)\(')
 CALLER = """
-extern "C" void {kernel}_on_cpu(const Params* p, unsigned blocks, unsigned threads) {{
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x)
-    for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) {kernel}(*p);
+static const Params* {kernel}_params;
+static void {kernel}_body() {{ {kernel}(*{kernel}_params); }}
+extern "C" __attribute__((visibility("default"))) int {kernel}_on_cpu(
+    const Params* p, unsigned x, unsigned y, unsigned z, unsigned threads) {{
+  {kernel}_params = p;
+  return on_cpu::run_grid({kernel}_body, x, y, z, threads);
 }}
 """
+# Pointers that are never followed may be anything (absent tensors); to follow one to nowhere ends
+# the process unasked; the size of shared memory is not its array's, so that bound says nothing.
+CHECKS = (
+    "-fsanitize=undefined", "-fno-sanitize=pointer-overflow,null,object-size",
+    "-fsanitize-undefined-trap-on-error",
+)  # fmt: skip
+# Jumps from stack to stack are no mistake; two libraries' variables of one name are two.
+OPTIONS = (
+    "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fvisibility=hidden",
+)  # fmt: skip
+MOST_SHARED, MOST_THREADS = 227 * 1024, 512  # bytes and threads of a block, as in the header
 
 
 @dataclass(frozen=True)
@@ -38,24 +57,26 @@ class Emulated:
         self, kernel: str, grid: tuple[int, int, int], threads: int, shared: int,
         params: ctypes.Structure,
     ) -> None:  # fmt: skip
-        """Every thread of every block, in order."""
-        assert grid[1:] == (1, 1) and shared == 0
-        getattr(self.library, f"{kernel}_on_cpu")(ctypes.byref(params), grid[0], threads)
+        """Every block, in order; the threads of one as far as they get, turn after turn."""
+        assert shared <= MOST_SHARED and threads <= MOST_THREADS
+        run = getattr(self.library, f"{kernel}_on_cpu")
+        assert run(ctypes.byref(params), *grid, threads), f"{kernel} waits for ever"
 
 
-@lru_cache(maxsize=64)
-def compiled(path: str, kernels: tuple[str, ...], defines: tuple[tuple[str, str], ...]) -> Emulated:
-    """A source of ``bmojo_core/ops``, for the CPU."""
-    text = '#include "cuda_on_cpu.h"\n' + (OPS / path).read_text(encoding="utf-8")
-    text += "".join(CALLER.format(kernel=kernel) for kernel in kernels)
+@lru_cache(maxsize=256)
+def load(source: str, defines: tuple[tuple[str, str], ...], _device: int | None) -> Emulated:
+    """A source that begins with ``_intrinsics.cu``, for the CPU; see ``_nvrtc.load``."""
+    kernels = source.removeprefix(_nvrtc.read_source("_intrinsics.cu"))
+    assert kernels != source
+    text = '#include "cuda_on_cpu.h"\n' + kernels
+    text += "".join(CALLER.format(kernel=kernel) for kernel in KERNEL.findall(kernels))
     name = hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / f"{name}.cpp", Path(folder) / f"{name}.so"
-        source.write_text(text, encoding="utf-8")
+        file, library = Path(folder) / f"{name}.cpp", Path(folder) / f"{name}.so"
+        file.write_text(text, encoding="utf-8")
         macros = [f"-D{name}={value}" for name, value in defines]
-        checks = ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error"]
-        command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-w", *checks, *macros]
-        subprocess.run([*command, f"-I{HERE}", str(source), "-o", str(library)], check=True)
+        command = [COMPILER, *OPTIONS, *CHECKS, *macros, f"-I{HERE}", str(file)]
+        subprocess.run([*command, "-o", str(library)], check=True)
         return Emulated(ctypes.CDLL(str(library)))
 
 
