@@ -378,7 +378,7 @@ On a CPU with nothing else to do: `python benchmarks/realization.py`, `realizati
 
 On a GPU: `sh benchmarks/gpu_session.sh PART again` writes the records of one part (its head lists
 them: tests, operations, models, decoding) into a folder `again`. The GPU tests alone are
-`python tests/gpu/record.py --workers 8 --output again/gpu_tests.json`, or `pytest tests/gpu`.
+`python tests/gpu/record.py --workers 6 --output again/gpu_tests.json`, or `pytest tests/gpu`.
 
 Recall: `python -m bmojo_core.experiments.NAME --size gpu --results again`, where NAME is figure2,
 figure2_random, wiring, policies, harder, table3 or external (figure2 and wiring have one size and

@@ -1,6 +1,6 @@
 """Run the GPU tests and write down what happened on which device.
 
-    python tests/gpu/record.py [--workers 8] [--sanitize] [--output results/gpu_tests.json]
+    python tests/gpu/record.py [--workers 6] [--sanitize] [--output results/gpu_tests.json]
     python tests/gpu/record.py --files test_model_gpu.py --output results/gpu_tests_models.json
 
 With --sanitize small_shapes.py runs too, under compute-sanitizer (memcheck, torch's caching
@@ -37,13 +37,15 @@ def pytest_command(report: Path, files: list[str], *extra: str) -> list[str]:
 
 def outcomes(report: Path) -> dict:
     cases = list(ElementTree.parse(report).iter("testcase"))
-    tests = {}
+    tests, messages = {}, {}
     for case in cases:
-        state = next((child.tag for child in case if child.tag in STATES), "passed")
+        state = next((child for child in case if child.tag in STATES), None)
         name = f"{case.get('classname', '').split('.')[-1]}::{case.get('name')}"
-        tests[name] = STATES.get(state, "passed")
+        tests[name] = "passed" if state is None else STATES[state.tag]
+        if tests[name] in ("failed", "error"):
+            messages[name] = state.get("message", "")[:500]
     counts = {state: list(tests.values()).count(state) for state in sorted(set(tests.values()))}
-    return dict(counts=counts, tests=tests)
+    return dict(counts=counts, tests=tests) | (dict(messages=messages) if messages else {})
 
 
 def run_tests(workers: int, files: list[str]) -> dict:
