@@ -42,7 +42,7 @@ CHECKS = (
 )  # fmt: skip
 # Jumps from stack to stack are no mistake; two libraries' variables of one name are two.
 OPTIONS = (
-    "-std=c++17", "-O1", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fvisibility=hidden",
+    "-std=c++17", "-O0", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fvisibility=hidden",
 )  # fmt: skip
 MOST_SHARED, MOST_THREADS = 227 * 1024, 512  # bytes and threads of a block, as in the header
 
