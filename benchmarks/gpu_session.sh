@@ -20,8 +20,8 @@
 #
 # SEARCHED (default: .mamba), if it is there, holds packages of mamba-ssm and causal-conv1d: sources,
 # which are built in the background in three to four minutes while other work goes on, or wheels that
-# an earlier part has left in OUT/wheels.  (With one architecture and one type left in them both are
-# built in under two minutes.)  A failed command is reported at the end.
+# an earlier part has left in OUT/wheels.  (They build sooner with but one architecture and one type
+# left in them.)  A failed command is reported at the end.
 set -u
 parts="tests model_tests small decode recall models operations grouped"
 part=${1:?one of: $parts all}

@@ -5,6 +5,7 @@ from functools import partial
 import emulated_cuda
 import pytest
 import torch
+from emulated_cuda import apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,16 +21,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu():
     """A chip of one multiprocessor whose kernels are those of `emulated_cuda`."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(gpu._nvrtc, "load", emulated_cuda.load)
-    patch.setattr(gpu, "_multiprocessors", lambda _: 1)
-    patch.setattr(gpu, "_require_cuda", lambda _: None)
-    yield
-    patch.undo()
-
-
-def apart(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-12)).item()
+    with emulated_cuda.small_chip(gpu):
+        yield
 
 
 def compare(inputs, activation, tolerance):

@@ -5,6 +5,7 @@ import ctypes
 import emulated_cuda
 import pytest
 import torch
+from emulated_cuda import apart
 
 from bmojo_core.ops import _nvrtc
 from bmojo_core.ops.selective_scan import gpu
@@ -24,26 +25,18 @@ ODD, EVEN = 67, 72  # channels: two blocks, element by element; the same, 16 byt
 @pytest.fixture(scope="module", autouse=True)
 def on_cpu():
     """A small chip whose kernels are those of `emulated_cuda`, and memory that starts as NaN."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(gpu._nvrtc, "load", emulated_cuda.load)
-    patch.setattr(gpu, "_multiprocessors", lambda _: 1)
-    patch.setattr(gpu, "_require_cuda", lambda _: None)
-    patch.setattr(
-        gpu._Call, "empty",
-        lambda _, *shape, dtype=F32: emulated_cuda.poisoned(*shape, dtype=dtype),
-    )  # fmt: skip
-    yield
-    patch.undo()
+    with emulated_cuda.small_chip(gpu) as patch:
+        patch.setattr(
+            gpu._Call, "empty",
+            lambda _, *shape, dtype=F32: emulated_cuda.poisoned(*shape, dtype=dtype),
+        )  # fmt: skip
+        yield
 
 
 def force(monkeypatch, forward, backward=None):
     """One cut for every call, or one for each pass, whatever the sizes."""
     cuts = (forward, backward or forward)
     monkeypatch.setattr(gpu, "tiling", lambda *_, backward=False, **__: cuts[backward])
-
-
-def apart(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.double() - want).norm() / want.norm().clamp_min(1e-12)).item()
 
 
 def compare(inputs, softplus=True, tolerance=None, through=(0, 1)):

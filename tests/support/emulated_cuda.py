@@ -14,10 +14,14 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 from bmojo_core.ops import _nvrtc
@@ -78,6 +82,21 @@ def load(source: str, defines: tuple[tuple[str, str], ...], _device: int | None)
         command = [COMPILER, *OPTIONS, *CHECKS, *macros, f"-I{HERE}", str(file)]
         subprocess.run([*command, "-o", str(library)], check=True)
         return Emulated(ctypes.CDLL(str(library)))
+
+
+@contextmanager
+def small_chip(gpu: ModuleType) -> Iterator[pytest.MonkeyPatch]:
+    """An operation's host code takes the CPU for a chip of one multiprocessor."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu._nvrtc, "load", load)
+        patch.setattr(gpu, "_multiprocessors", lambda _: 1)
+        patch.setattr(gpu, "_require_cuda", lambda _: None)
+        yield patch
+
+
+def apart(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The relative error."""
+    return ((got.double() - want).norm() / want.norm().clamp_min(1e-12)).item()
 
 
 def poisoned(*shape: int, dtype: torch.dtype, **_: object) -> torch.Tensor:

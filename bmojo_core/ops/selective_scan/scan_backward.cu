@@ -167,8 +167,8 @@ __device__ __forceinline__ void prepare_chunk(const Params& p, const Place& w, B
   int c = threadIdx.x % PAIRS * CHANNELS, first = threadIdx.x / PAIRS;
   int channel = w.block * BLOCK_C + c, there = channels_at(p, channel);
   constexpr int BC_STEP = THREADS / N_PAD, BC_COUNT = (CHUNK + BC_STEP - 1) / BC_STEP;
-  constexpr int EARLY = BC_COUNT <= 4 ? BC_COUNT : 0;  // B and C on their way meanwhile
-  unsigned B[EARLY + 1], C[EARLY + 1];
+  constexpr int EARLY = BC_COUNT < 4 ? BC_COUNT : 4;  // rows of B and C on their way meanwhile
+  unsigned B[EARLY], C[EARLY];
   const int n = threadIdx.x % N_PAD, row = threadIdx.x / N_PAD;
 #pragma unroll
   for (int k = 0; k < EARLY; ++k) {

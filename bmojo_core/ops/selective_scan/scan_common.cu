@@ -223,13 +223,6 @@ __device__ __forceinline__ void store_segment(const Params& p, const Place& w,
   }
 }
 
-// Row 0 of this batch's (l, width) matrix, at a column.
-template <class T>
-__device__ __forceinline__ const T* rows_of(const void* base, long long b_stride, int batch,
-                                            int column) {
-  return static_cast<const T*>(base) + batch * b_stride + column;
-}
-
 // How many of a thread's two neighbouring channels exist: 0, 1 or 2 (with VECTORS never 1).
 __device__ __forceinline__ int channels_at(const Params& p, int channel) {
   return min(max(p.d - channel, 0), CHANNELS);
